@@ -1,0 +1,233 @@
+"""The variational autoencoder of Stable Diffusion: images to latents and back.
+
+Start at `VAE.encode` and `VAE.decode`; below them, `Encoder.forward` and `Decoder.forward` read top to bottom.
+Shapes: B batch, C channels, H W pixels, h w latent pixels (H = factor * h; factor is 8 for Stable Diffusion).
+Source: "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752, section 3.1.
+Checked against diffusers 0.42.1 (AutoencoderKL). Parameter names are those of the published checkpoints.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """What differs between autoencoders. The defaults are those of Stable Diffusion 1.x and 2.x."""
+    channels: tuple[int, ...] = (128, 256, 512, 512)   # one entry a level; each level but the last halves the image
+    layers: int = 2                                    # ResBlocks per encoder level (the decoder has one more)
+    latent_channels: int = 4
+    groups: int = 32                                   # of every GroupNorm
+    scaling: float = 0.18215                           # the U-Net sees latents times this, so that they have unit variance
+    force_upcast: bool = False                         # SDXL: activations overflow float16, so weights must be wider
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel, along each axis."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut. (B, C_in, H, W) -> (B, C_out, H, W)"""
+
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels of the smallest map. (B, C, h, w) -> (B, C, h, w)"""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])   # a list because checkpoints say "to_out.0"
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)         # (B, h*w, C)
+        q, k, v = self.to_q(tokens)[:, None], self.to_k(tokens)[:, None], self.to_v(tokens)[:, None]
+        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halves the image. Pads right and bottom only: SD's asymmetric padding, which the weights are trained with."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the image by repeating pixels, then smooths. (B, C, H, W) -> (B, C, 2H, 2W)"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """A bag of layers at one resolution; `Encoder` and `Decoder` call them."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool = False, up: bool = False):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
+
+
+class Middle(nn.Module):
+    """A bag of layers at the smallest resolution: ResBlock, attention, ResBlock."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2 * latent channels, h, w)"""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups = config.channels, config.groups
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList([
+            Level(channels[max(i - 1, 0)], c, config.layers, groups, down=i < last) for i, c in enumerate(channels)])
+        self.mid_block = Middle(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down_blocks:
+            for resnet in level.resnets:
+                h = resnet(h)
+            for downsample in level.downsamplers:
+                h = downsample(h)
+        h = self.mid_block(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """(B, latent channels, h, w) -> (B, 3, H, W)"""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups = config.channels[::-1], config.groups        # deepest level first
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = Middle(channels[0], groups)
+        self.up_blocks = nn.ModuleList([
+            Level(channels[max(i - 1, 0)], c, config.layers + 1, groups, up=i < last) for i, c in enumerate(channels)])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            for resnet in level.resnets:
+                h = resnet(h)
+            for upsample in level.upsamplers:
+                h = upsample(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class VAE(nn.Module):
+    """Autoencoder with a Gaussian latent. Latents here are unscaled; the U-Net's are these times `config.scaling`."""
+
+    def __init__(self, config: VAEConfig = VAEConfig()):
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, latent channels, h, w), unscaled.
+
+        H and W are multiples of `config.factor`. tile: side of a tile in latent pixels (at least 8), or None to
+        encode the image in one piece; with tiles, memory beyond the result doesn't grow with the image.
+        """
+        factor, c = self.config.factor, self.config.latent_channels
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(f"image size {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor}: crop or resize it")
+        if tile is None:
+            moments = self.quant_conv(self.encoder(x))
+        else:
+            size = (x.shape[-2] // factor, x.shape[-1] // factor)
+            moments = x.new_empty(x.shape[0], 2 * c, *size)
+            blend_tiles(moments, size, tile, 1, lambda top, bottom, left, right: self.quant_conv(self.encoder(
+                x[:, :, top * factor:bottom * factor, left * factor:right * factor])))
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Unscaled latents (B, latent channels, h, w) -> images (B, 3, H, W), nominally in [-1, 1].
+
+        tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles overlap by a
+        quarter and are blended linearly; memory beyond the result doesn't grow with the image. A tile normalises
+        its own pixels (GroupNorm, attention), so the result differs slightly from the image in one piece.
+        """
+        if tile is None:
+            return self.decoder(self.post_quant_conv(z))
+        factor = self.config.factor
+        image = z.new_empty(z.shape[0], 3, z.shape[-2] * factor, z.shape[-1] * factor)
+        return blend_tiles(image, z.shape[-2:], tile, factor, lambda top, bottom, left, right: self.decoder(
+            self.post_quant_conv(z[:, :, top:bottom, left:right])))
+
+
+def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tensor]]:
+    """Cover 0..size with tiles: (start, end, blending weight of each of the tile's `scale * (end - start)` pixels).
+
+    Neighbours overlap by at least a quarter of a tile. A weight falls linearly towards its tile's ends, over a quarter
+    of the tile, and is divided by the sum of all tiles' weights there: together they are 1 everywhere.
+    """
+    tile = min(tile, size)
+    count = 1 + -(-(size - tile) // (tile - tile // 4))
+    starts = [round(i * (size - tile) / max(count - 1, 1)) for i in range(count)]
+    position = torch.arange(tile * scale, dtype=torch.float64) + 0.5
+    ramp = torch.minimum(position, tile * scale - position).clamp(max=tile * scale / 4)
+    total = torch.zeros(size * scale, dtype=torch.float64)
+    for start in starts:
+        total[start * scale:(start + tile) * scale] += ramp
+    return [(start, start + tile, ramp / total[start * scale:(start + tile) * scale]) for start in starts]
+
+
+def blend_tiles(out: Tensor, size: tuple[int, int], tile: int, scale: int,
+                compute: Callable[[int, int, int, int], Tensor]) -> Tensor:
+    """Fill `out` with the weighted sum of tiles; compute(top, bottom, left, right) in latent pixels makes one."""
+    if tile < 8:
+        raise ValueError(f"a tile of {tile} latent pixels is too small: use 8 or more (64 is usual)")
+    out.zero_()
+    for top, bottom, wy in tile_weights(size[0], tile, scale):
+        for left, right, wx in tile_weights(size[1], tile, scale):
+            weight = (wy[:, None] * wx).to(out)
+            out[:, :, top * scale:bottom * scale, left * scale:right * scale] += compute(top, bottom, left, right) * weight
+    return out
