@@ -3,10 +3,10 @@
     scene --caption--> "a red circle left of a blue square" --parse--> Request --.
       '-----draw-----> (H, W, 3) uint8 ------------------------read--> Things --judge--> right or wrong
 
-Nothing here is learned, so a score measures the model under study and not a detector. The six kinds of scene and the
-rules of `judge` are those of GenEval (arXiv 2310.11513). Start at `random_scene`, `caption`, `draw`, then `judge`.
-Coordinates: x and y are fractions of width and height, y points down; radii are fractions of the image's SHORT side,
-so that one scene can be drawn at any size and aspect ratio.
+Nothing here is learned, so a score measures the model under study and not a detector. The six kinds of scene and
+the rules of `judge` are those of GenEval (arXiv 2310.11513). Start at `random_scene`, `caption`, `draw`, `judge`.
+Coordinates: x and y are fractions of width and height, y points down; radii are fractions of the image's SHORT
+side, so that one scene can be drawn at any size and aspect ratio.
 
     python -m lab.shapes show --out sheet.png     # a contact sheet with captions
     python -m lab.shapes check --n 500            # how many ground truths the scorer reads right
@@ -14,7 +14,9 @@ so that one scene can be drawn at any size and aspect ratio.
 
 import argparse
 import re
+import textwrap
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -27,11 +29,11 @@ BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 
 
 # GenEval's categories, with how often each is drawn when the caller does not name one.
 KINDS = {"single": 0.25, "colors": 0.25, "two": 0.13, "position": 0.14, "color_attr": 0.13, "counting": 0.10}
-RADII = {1: (0.17, 0.34), 2: (0.15, 0.22), 3: (0.14, 0.18), 4: (0.13, 0.16)}  # by the number of objects
-MARGIN = 0.02                                                                # between an object and the frame
+RADII = {1: (0.17, 0.34), 2: (0.15, 0.22), 3: (0.14, 0.18), 4: (0.13, 0.16)}     # by the number of objects
+MARGIN = 0.02                                                                   # between an object and the frame
 
-# What a training split leaves out, to ask later whether a model can put together what it never saw together: these
-# six looks (every shape and six colours lose one partner), and about a tenth of all pairs of looks.
+# What split "train" leaves out, to ask later whether a model can put together what it never saw together: these
+# looks (every shape and six colours lose one partner each), and about a tenth of all pairs of looks.
 HELD_OUT = frozenset({("circle", "purple"), ("square", "orange"), ("triangle", "blue"), ("star", "green"),
                       ("ring", "yellow"), ("cross", "red")})
 
@@ -51,10 +53,10 @@ class Scene:
     background: str
 
 
-# ---------------------------------------------------------------------------------------------------------- scenes
+# -------------------------------------------------------------------------------------------------------- scenes
 
 def held_out_pair(a: Thing, b: Thing) -> bool:
-    """A stable tenth of all unordered pairs of two different looks (Python's own `hash` changes from run to run)."""
+    """A stable tenth of all unordered pairs of different looks (Python's own `hash` changes from run to run)."""
     one, two = sorted((f"{a.color} {a.shape}", f"{b.color} {b.shape}"))
     return one != two and zlib.crc32(f"{one}, {two}".encode()) % 10 == 0
 
@@ -70,7 +72,7 @@ def random_scene(rng: np.random.Generator, kind: str | None = None, split: str =
     if split not in ("train", "all"):
         raise ValueError(f"split is 'train' or 'all', not {split!r}")
     if kind is None:
-        kind = list(KINDS)[np.searchsorted(np.cumsum(list(KINDS.values())), rng.random())]
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     elif kind not in KINDS:
         raise ValueError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
     while True:
@@ -96,13 +98,13 @@ def dense_scene(rng: np.random.Generator) -> Scene:
         background = _pick(rng, BACKGROUNDS)
         colors = [c for c in COLORS if c != background]
         looks = [(_pick(rng, SHAPES), _pick(rng, colors)) for _ in range(12)]
-        radii = np.sort(rng.uniform(0.08, 0.16, 12))[::-1]      # the large ones first, while there is room
+        radii = 0.08 + 0.08 * np.sort(rng.random(12) ** 2)[::-1]        # mostly small ones, the large ones first
         things = _spread(rng, looks, radii)
         if len(things) >= 6:
             return Scene(things, background)
 
 
-def _pick(rng: np.random.Generator, options):
+def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
     options = tuple(options)
     return options[int(rng.integers(len(options)))]
 
@@ -119,7 +121,7 @@ def _spread(rng: np.random.Generator, looks: list[tuple[str, str]], radii: np.nd
     return tuple(things)
 
 
-# -------------------------------------------------------------------------------------------------------- captions
+# ------------------------------------------------------------------------------------------------------ captions
 
 COUNTS = {2: "two", 3: "three", 4: "four"}
 SIZES = ("small", "large")
@@ -210,7 +212,7 @@ def phrase(request: Request) -> str:
     return text if request.background is None else f"{text} on a {request.background} background"
 
 
-def _one_of(words) -> str:
+def _one_of(words: Iterable[str]) -> str:
     return "(" + "|".join(words) + ")"
 
 
@@ -221,9 +223,9 @@ _CAPTION = re.compile(f"{_NOUN}(?: {_one_of(['and', *RELATIONS])} {_NOUN})?"
 
 
 def parse(text: str) -> Request:
-    """The request a caption makes. ValueError names the words outside the vocabulary, or the reading that failed."""
+    """The request a caption makes. ValueError names the words it does not know, or the reading that failed."""
     if unknown := [w for w in text.split() if w not in VOCABULARY]:
-        raise ValueError(f"unknown words {', '.join(map(repr, unknown))}; the vocabulary is {' '.join(VOCABULARY)}")
+        raise ValueError(f"unknown words {', '.join(map(repr, unknown))}; known are {' '.join(VOCABULARY)}")
     if (match := _CAPTION.fullmatch(text)) is None:
         raise ValueError(f"cannot read {text!r}; captions look like 'a red circle left of a blue square'")
     *nouns, background = match.groups()
@@ -237,11 +239,11 @@ def parse(text: str) -> Request:
     return request
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------------- drawing
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline, negative inside; x and y in radii from the centre, y down. Every shape's centre
-    of mass is its centre, which `read` relies on."""
+    """Signed distance to the outline, negative inside; x and y in radii from the centre, y down. Each shape's
+    centre is its centre of mass, which `read` relies on."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "ring":
@@ -279,14 +281,10 @@ def draw(scene: Scene, height: int = 64, width: int = 64) -> np.ndarray:
     return np.round(image).astype(np.uint8)
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------- reading
 
-def _area(shape: str) -> float:
-    grid = np.linspace(-1.2, 1.2, 481)
-    return float(np.mean(distance(shape, grid[None, :], grid[:, None]) < 0) * (grid[-1] - grid[0]) ** 2)
-
-
-AREAS = {shape: _area(shape) for shape in SHAPES}      # in squared radii
+_GRID = (np.arange(480) - 239.5) / 200      # pixels of 1/200 radius: areas by counting them, in squared radii
+AREAS = {s: float((distance(s, _GRID[None, :], _GRID[:, None]) < 0).sum() / 200 ** 2) for s in SHAPES}
 
 
 def _border_color(image: np.ndarray) -> np.ndarray:
@@ -296,8 +294,8 @@ def _border_color(image: np.ndarray) -> np.ndarray:
 def _classes(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> (H, W): 0 for background, else 1 + the index of the palette colour that a pixel shows.
 
-    The soft edge of a white circle on black is gray and that of a yellow one is olive, so a pixel is compared with all
-    mixtures of the background with a colour, and belongs to the object if the nearest one holds more than half of it.
+    The soft edge of a white circle on black is gray and that of a yellow one is olive, so a pixel is compared with
+    all mixtures of the background with a colour; it is the object's if the nearest holds more than half of that.
     """
     background = _border_color(image)
     offset = image - background
@@ -305,7 +303,7 @@ def _classes(image: np.ndarray) -> np.ndarray:
     length = (rays ** 2).sum(1)
     share = np.clip(offset @ rays.T / np.maximum(length, 1), 0, 1)                        # (H, W, 8)
     error = ((offset[..., None, :] - share[..., None] * rays) ** 2).sum(-1)
-    error[..., length < 50 ** 2] = np.inf                                                 # the background's own colour
+    error[..., length < 50 ** 2] = np.inf                                                 # the background's own
     best = error.argmin(-1)
     return np.where(np.take_along_axis(share, best[..., None], -1)[..., 0] > 0.5, best + 1, 0)
 
@@ -317,49 +315,52 @@ def _components(classes: np.ndarray) -> np.ndarray:
     while True:
         before = names.copy()
         for near, far, same in ((names[:-1], names[1:], down), (names[:, :-1], names[:, 1:], right)):
-            least = np.minimum(near, far)
-            np.copyto(far, least, where=same)
-            np.copyto(near, least, where=same)
-        names = names.reshape(-1)[names]        # a name is a pixel of the same region: take that pixel's, often better
+            np.minimum(near, far, out=far, where=same)
+            np.minimum(near, far, out=near, where=same)
+        names = names.reshape(-1)[names]        # a name is a pixel of the same region: take that pixel's own
         if np.array_equal(names, before):
             return names
 
 
-def read(image: np.ndarray, min_area: float = 0.006, min_overlap: float = 0.6) -> list[Thing]:
+def read(image: np.ndarray, min_area: float = 0.006, min_overlap: float = 0.5) -> list[Thing]:
     """The objects in a picture (H, W, 3) of values 0..255, the largest first.
 
-    A region smaller than `min_area` (of the short side squared) is a speck; one whose best shape overlaps it by less
-    than `min_overlap` (intersection over union) is no object of this world.
+    A region smaller than `min_area` (of the short side squared) is a speck; one that overlaps its best shape by
+    less than `min_overlap` (intersection over union) is no object of this world.
     """
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected an image of shape (H, W, 3) with values 0..255, not {image.shape}")
     # Large pictures are averaged down to 64..127 pixels: noise goes, and one set of thresholds serves every size.
     f = max(min(image.shape[:2]) // 64, 1)
     h, w = image.shape[0] // f, image.shape[1] // f
     small = image[:h * f, :w * f].astype(np.float32).reshape(h, f, w, f, 3).mean((1, 3))
     classes = _classes(small)
     names, areas = np.unique(regions := _components(classes), return_counts=True)
-    found = []
+    side = min(h, w)
+    found: list[tuple[int, Thing]] = []
     for name, area in zip(names, areas):
         color = classes.reshape(-1)[name]
-        if color == 0 or area < min_area * min(h, w) ** 2:
+        if color == 0 or area < min_area * side ** 2:
             continue
         ys, xs = np.nonzero(regions == name)
-        cx, cy = xs.mean(), ys.mean()
-        radii = {shape: float(np.sqrt(area / AREAS[shape])) for shape in SHAPES}       # of the same area
-        inside = {shape: np.mean(distance(shape, (xs - cx) / r, (ys - cy) / r) < 0) for shape, r in radii.items()}
-        shape = max(inside, key=inside.get)
-        if inside[shape] / (2 - inside[shape]) >= min_overlap:                         # equal areas: this is the IoU
-            thing = Thing(shape, list(COLORS)[color - 1], float(cx + 0.5) / w, float(cy + 0.5) / h,
-                          radii[shape] / min(h, w))
-            found.append((area, thing))
+        x, y = float(xs.mean()), float(ys.mean())
+        fits = []
+        for shape in SHAPES:        # at the region's own area; what sticks out far counts more than a wobbly edge
+            r = float(np.sqrt(area / AREAS[shape]))
+            outside = r * np.maximum(distance(shape, (xs - x) / r, (ys - y) / r), 0)
+            fits.append((float((outside ** 2).mean()), shape, r, float((outside == 0).mean())))
+        _, shape, r, inside = min(fits)
+        if inside / (2 - inside) >= min_overlap:          # intersection over union, the areas being equal
+            found.append((area, Thing(shape, list(COLORS)[color - 1], (x + 0.5) / w, (y + 0.5) / h, r / side)))
     return [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
 
 
-# --------------------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------------------- judging
 
 @dataclass(frozen=True)
 class Verdict:
-    """`ok` is the judgement. The rest says what went wrong: whether all asked shapes are there, all asked colours are
-    there (on whatever shape), every shape as often as asked, and the relation holds."""
+    """`ok` is the judgement. The rest says what went wrong: whether all asked shapes are there, all asked colours
+    are there (on whatever shape), every shape is there as often as asked, and the relation holds."""
     ok: bool
     shape: bool
     color: bool
@@ -371,8 +372,8 @@ class Verdict:
 
 
 def relations(a: Thing, b: Thing, height: int, width: int) -> set[str]:
-    """Where a is seen from b by GenEval's rule, in pixels, an object's box being two radii wide and high. A relation
-    along each axis may hold; none does for boxes that nearly coincide."""
+    """Where a is seen from b by GenEval's rule, an object's box being two radii wide and high. One relation along
+    each axis may hold; none does for boxes that nearly coincide."""
     short = min(height, width)
     offset = np.array([(a.x - b.x) * width, (a.y - b.y) * height])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * (a.r + b.r) * short, 0)
@@ -386,12 +387,14 @@ def relations(a: Thing, b: Thing, height: int, width: int) -> set[str]:
 def judge(image: np.ndarray, request: Request | str, strict: bool = False) -> Verdict:
     """Does the picture show what the caption asks for?
 
-    GenEval's rules: every named shape at least as often as asked, from two on exactly so; of each shape only the
-    first `count` objects are inspected (the largest, where GenEval takes the most confident), all of which must have
-    the colour and the relation. More objects of other shapes do not matter, nor does a second circle for "a circle".
+    GenEval's rules: every named shape is there, and from two on exactly as often as asked; of each shape only the
+    first `count` objects are inspected (the largest, where GenEval takes the most confident), which must all have
+    the colour and the relation. Objects of other shapes do not matter, nor does a second circle for "a circle".
     `strict` also wants the sizes, places and background that the caption names, and not one object more.
     """
     request = parse(request) if isinstance(request, str) else request
+    if len({ask.shape for ask in request.asks}) < len(request.asks):
+        raise ValueError(f"GenEval's rules cannot tell two objects of one shape apart: {phrase(request)!r}")
     things = read(image)
     groups = [[t for t in things if t.shape == ask.shape] for ask in request.asks]
     tops = [group[:ask.count] for group, ask in zip(groups, request.asks)]
@@ -422,36 +425,32 @@ def same_things(found: list[Thing], truth: tuple[Thing, ...], tolerance: float =
     return len(found) == len(truth) and all(len(n) == 1 for n in near)
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------------- command line
 
-def show(path: str, rows: int = 6, columns: int = 6, size: int = 128, seed: int = 0) -> None:
+def show(path: str, columns: int = 6, size: int = 128) -> None:
     """Writes a contact sheet: one row per kind, each picture over its caption."""
     from PIL import Image, ImageDraw        # only here, so that training needs numpy alone
-    import textwrap
-    rng = np.random.default_rng(seed)
-    sheet = Image.new("RGB", (columns * (size + 8), rows * (size + 40)), (235, 235, 240))
-    for i, kind in enumerate((list(KINDS) * rows)[:rows]):
-        for j in range(columns):
-            scene = random_scene(rng, kind)
-            x, y = j * (size + 8) + 4, i * (size + 40) + 4
-            sheet.paste(Image.fromarray(draw(scene, size, size)), (x, y))
-            ImageDraw.Draw(sheet).text((x, y + size), textwrap.fill(caption(scene, rng), 22), fill=(0, 0, 0), spacing=0)
+    rng = np.random.default_rng(0)
+    sheet = Image.new("RGB", (columns * (size + 8), len(KINDS) * (size + 40)), "lavender")
+    for row, kind in enumerate(KINDS):
+        for column in range(columns):
+            scene, corner = random_scene(rng, kind), (column * (size + 8) + 4, row * (size + 40) + 4)
+            sheet.paste(Image.fromarray(draw(scene, size, size)), corner)
+            text = textwrap.fill(caption(scene, rng), 22)
+            ImageDraw.Draw(sheet).text((corner[0], corner[1] + size), text, fill="black", spacing=0)
     sheet.save(path)
 
 
-def check(n: int, seed: int = 0) -> None:
+def check(n: int) -> None:
     """Prints, per kind and size, the share of drawings whose objects are read back right and judged to fit."""
     for kind in KINDS:
-        shares = []
         for size in (64, 128):
-            rng = np.random.default_rng(seed)
-            right = 0
-            for _ in range(n):
-                scene = random_scene(rng, kind)
-                image = draw(scene, size, size)
-                right += same_things(read(image), scene.things) and bool(judge(image, caption(scene, rng), strict=True))
-            shares.append(f"{size} px {right / n:.4f}")
-        print(f"{kind:12s}", *shares)
+            rng = np.random.default_rng(0)
+            scenes = [random_scene(rng, kind) for _ in range(n)]
+            images = [draw(scene, size, size) for scene in scenes]
+            right = [same_things(read(image), scene.things) and judge(image, caption(scene, rng), strict=True).ok
+                     for image, scene in zip(images, scenes)]
+            print(f"{kind:12s}{size:4d} px  {np.mean(right):.4f}")
 
 
 def main() -> None:
@@ -460,7 +459,10 @@ def main() -> None:
     commands.add_parser("show", help="draw a contact sheet").add_argument("--out", default="sheet.png")
     commands.add_parser("check", help="read ground truths back").add_argument("--n", type=int, default=500)
     args = parser.parse_args()
-    show(args.out) if args.command == "show" else check(args.n)
+    if args.command == "show":
+        show(args.out)
+    else:
+        check(args.n)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""The model folder: what `convert_weights.py` and `lab/train_tiny.py` write and `txt2img.py` loads, and how it is read.
+
+config.json                 family, prediction, schedule, native size, and the config of every component
+unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
+Also here: `InputError`, the one kind of error that a command shows as a single line, and `run_command`, which does so.
+"""
+import contextlib
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from clip_text import TextConfig
+from sampler import NoiseSchedule
+from unet import UNetConfig
+from vae import VAEConfig
+
+
+class InputError(ValueError):
+    """Something that a person gave is wrong. The message is one sentence: what, where, what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """config.json, as data."""
+    family: str                                  # "sd15", "sd21", "sdxl" or "tiny"
+    prediction: str                              # what the U-Net predicts: "epsilon" or "v"
+    size: int                                    # native width and height in pixels
+    schedule: NoiseSchedule
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: TextConfig
+    text_encoder_2: TextConfig | None = None     # SDXL only
+    zero_negative: bool = False                  # SDXL: no negative prompt (None) means zeros, not the text ""
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """config.json of a model folder; InputError where it is absent, of another kind, or has unknown or missing entries."""
+    path = folder / "config.json"
+    convert = f"convert it first: python convert_weights.py {folder} OUT_DIR"
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, not a converted model folder; {convert}")
+    if not folder.is_dir():
+        raise InputError(f"there is no model folder {folder}; make one: python convert_weights.py SOURCE {folder}")
+    if not path.is_file():
+        raise InputError(f"{folder} is not a converted model folder (it has no config.json); {convert}")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); convert the model again") from None
+    if not isinstance(data, dict) or "family" not in data:
+        raise InputError(f"{path} doesn't describe a converted model; {convert}")
+    parts = {"schedule": NoiseSchedule, "unet": UNetConfig, "vae": VAEConfig,
+             "text_encoder": TextConfig, "text_encoder_2": TextConfig}
+    for name, kind in parts.items():
+        if data.get(name) is not None:
+            data[name] = from_json(kind, data[name], f"{path}, {name}")
+    return from_json(ModelConfig, data, str(path))
+
+
+def from_json(kind: type, data: Any, where: str) -> Any:
+    """A config dataclass from its JSON object; unknown and missing entries are errors."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is not a JSON object; convert the model again")
+    for name in data:
+        if name not in names:
+            raise InputError(f"{where} has an unknown entry {name!r}{nearest(name, names)}")
+    try:
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
+    except TypeError as error:
+        raise InputError(f"{where} is incomplete ({error}); convert the model again") from None
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Write config.json, from which `read_config` makes the same object again."""
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Give a module made on the meta device the tensors of a safetensors file: every name and shape must match.
+
+    Tensors come one by one from the mapped file, so that never two copies of the weights are in memory.
+    """
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    state = {}
+    with open_safetensors(path) as file:
+        check_names(list(file.keys()), list(wanted), str(path))
+        for name in wanted:
+            tensor = file.get_tensor(name)
+            if tensor.shape != wanted[name]:
+                raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the model's config.json says "
+                                 f"{tuple(wanted[name])}; convert the model again")
+            state[name] = tensor.to(device=device, dtype=dtype)
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def check_names(have: list[str], wanted: list[str], where: str) -> None:
+    """InputError for the first name too many or too few, with the nearest known one."""
+    missing, unknown = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
+    if unknown:
+        raise InputError(f"{where} has {len(unknown)} tensors that this model doesn't know, the first is "
+                         f"{unknown[0]}{nearest(unknown[0], wanted)}")
+    if missing:
+        raise InputError(f"{where} lacks {len(missing)} tensors of this model, the first is "
+                         f"{missing[0]}{nearest(missing[0], have)}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for an unknown name, to be appended to a message."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; InputError where it is absent, cut short or something else."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; convert the model again")
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a complete safetensors file ({error}); download or convert it again") from None
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` only if the block ends without an error."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.chmod(0o644)                       # safetensors makes its files readable by their owner only
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"can't write {path} ({error.strerror or error}); choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's main(): bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(complain(str(error), 2))
+    except torch.OutOfMemoryError:
+        sys.exit(complain(OUT_OF_MEMORY, 2))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(complain(OUT_OF_MEMORY, 2))
+    except KeyboardInterrupt:
+        sys.exit(complain("stopped; finished files are kept", 130))
+
+
+OUT_OF_MEMORY = "out of memory: try --dtype float16 or bfloat16, a smaller --width and --height, --n 1, or --vae-tile 64"
+
+
+def complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,284 @@
+"""The captioned world of `lab/shapes.py`: its captions are true and invertible, and its scorer is right."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from lab.shapes import (BACKGROUNDS, COLORS, HELD_OUT, KINDS, RELATIONS, SHAPES, VOCABULARY, Request, Scene,
+                        Thing, caption, clear_relation, dense_scene, draw, held_out_pair, is_held_out, judge,
+                        parse, phrase, random_scene, read, same_things)
+
+MIRRORED = dict(zip(RELATIONS, ("right of", "left of", "below", "above")))
+
+
+def scenes(kind: str | None, n: int, seed: int = 0, split: str = "all") -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [random_scene(rng, kind, split) for _ in range(n)]
+
+
+def blur(image: np.ndarray) -> np.ndarray:
+    """One binomial 3x3 pass."""
+    x = np.pad(image.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    x = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
+    return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
+
+
+# Scenes
+
+def test_the_same_generator_state_gives_the_same_scene_caption_and_picture():
+    one, two = np.random.default_rng(7), np.random.default_rng(7)
+    for _ in range(50):
+        a, b = random_scene(one), random_scene(two)
+        assert a == b and caption(a, one) == caption(b, two)
+        assert np.array_equal(draw(a), draw(b))
+    assert dense_scene(one) == dense_scene(two)
+
+
+@pytest.mark.parametrize("make", [random_scene, dense_scene])
+def test_objects_lie_inside_the_frame_apart_from_each_other_and_differ_from_the_background(make):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = make(rng)
+        for t in scene.things:
+            assert t.r < min(t.x, t.y, 1 - t.x, 1 - t.y) and t.color != scene.background
+        for a, b in combinations(scene.things, 2):
+            assert np.hypot(a.x - b.x, a.y - b.y) > 1.13 * (a.r + b.r)      # a square's corner is at 1.13 radii
+
+
+def test_kinds_hold_what_they_name():
+    for kind in KINDS:
+        for scene in scenes(kind, 100):
+            looks = {(t.shape, t.color) for t in scene.things}
+            shapes, n = {t.shape for t in scene.things}, len(scene.things)
+            assert n in {"counting": (2, 3, 4), "single": (1,), "colors": (1,)}.get(kind, (2,))
+            assert len(looks) == 1 if kind == "counting" else len(shapes) == n
+            assert kind != "color_attr" or len({t.color for t in scene.things}) == 2
+            assert kind != "position" or clear_relation(*scene.things)
+            assert min(t.r for t in scene.things) >= 0.13
+
+
+def test_the_train_split_never_shows_a_held_out_look_or_pair():
+    for kind in KINDS:
+        for scene in scenes(kind, 400, split="train"):
+            assert not any((t.shape, t.color) in HELD_OUT for t in scene.things)
+            assert not any(held_out_pair(a, b) for a, b in combinations(scene.things, 2))
+    assert any(map(is_held_out, scenes("single", 200))) and any(map(is_held_out, scenes("two", 200)))
+
+
+def test_held_out_looks_leave_every_shape_and_color_well_covered_and_pairs_are_a_tenth():
+    assert not HELD_OUT & {("circle", "red"), ("square", "blue")}
+    assert len({s for s, _ in HELD_OUT}) == len({c for _, c in HELD_OUT}) == len(HELD_OUT) == 6
+    looks = [Thing(shape, color, 0.5, 0.5, 0.2) for shape in SHAPES for color in COLORS]
+    pairs = [held_out_pair(a, b) for a, b in combinations(looks, 2)]
+    assert pairs == [held_out_pair(b, a) for a, b in combinations(looks, 2)]
+    assert 0.07 < np.mean(pairs) < 0.13
+
+
+def test_unknown_kind_split_and_shape_are_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="kind is one of"):
+        random_scene(rng, "colour")
+    with pytest.raises(ValueError, match="split"):
+        random_scene(rng, None, "test")
+    with pytest.raises(ValueError, match="shape is one of"):
+        draw(Scene((Thing("hexagon", "red", 0.5, 0.5, 0.2),), "white"))
+
+
+# Captions
+
+def test_a_caption_parses_back_to_true_statements_about_its_scene():
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        for scene in scenes(kind, 300):
+            text = caption(scene, rng)
+            request = parse(text)
+            assert phrase(request) == text and set(text.split()) <= set(VOCABULARY)
+            assert sum(ask.count for ask in request.asks) == len(scene.things)
+            assert request.background in (None, scene.background)
+            told = [[t for t in scene.things if t.shape == ask.shape] for ask in request.asks]
+            for ask, things in zip(request.asks, told):
+                assert len(things) == ask.count and all(ask.color in (None, t.color) for t in things)
+                assert ask.size is None or (things[0].r > 0.29) == (ask.size == "large") != (things[0].r < 0.22)
+            if request.relation:
+                a, b = told[0][0], told[1][0]
+                gap = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+                assert gap[request.relation] == max(gap.values()) > a.r + b.r
+
+
+def test_place_words_match_the_side_of_the_picture():
+    rng = np.random.default_rng(0)
+    offsets = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+    seen = set()
+    for scene in scenes("single", 1500):
+        place = parse(caption(scene, rng)).asks[0].place
+        thing = scene.things[0]
+        if place == "in the centre":
+            assert max(abs(thing.x - 0.5), abs(thing.y - 0.5)) < 0.08
+        elif place:
+            sx, sy = offsets[place]
+            assert sx * (thing.x - 0.5) + sy * (thing.y - 0.5) > 0.13
+        seen.add(place)
+    assert len(seen) == 6           # the five places, and none
+
+
+def test_the_bare_form_and_the_form_without_color_are_frequent():
+    rng = np.random.default_rng(0)
+    requests = [parse(caption(scene, rng)) for scene in scenes("single", 1000)]
+    bare = [r == Request((replace(r.asks[0], size=None, place=None),)) for r in requests]
+    assert np.mean([b and r.asks[0].color is not None for b, r in zip(bare, requests)]) > 0.4
+    assert 0.08 < np.mean([b and r.asks[0].color is None for b, r in zip(bare, requests)]) < 0.25
+
+
+def test_naming_the_kind_gives_the_prompts_of_geneval():
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        for scene in scenes(kind, 50):
+            request = parse(caption(scene, rng, kind))
+            assert all((ask.color is not None) == (kind in ("colors", "color_attr")) for ask in request.asks)
+            assert (request.relation is not None) == (kind == "position")
+            assert request.background is None and not any(ask.size or ask.place for ask in request.asks)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a pink circle", "'pink'"), ("a red dog and a hat", "'dog', 'hat'"), ("", "cannot read"),
+    ("a circle red", "cannot read"), ("a red circle left of", "cannot read"), ("a red circles", "did you mean"),
+    ("a orange circle", "did you mean 'an orange circle'"), ("two circle", "did you mean 'two circles'")])
+def test_what_the_grammar_does_not_have_is_refused_by_name(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+# Drawing and reading
+
+def test_a_drawing_has_the_asked_size_and_shows_the_background_and_the_color():
+    image = draw(Scene((Thing("circle", "red", 0.25, 0.5, 0.2),), "gray"), height=48, width=96)
+    assert image.shape == (48, 96, 3) and image.dtype == np.uint8
+    assert tuple(image[24, 24]) == COLORS["red"] and tuple(image[24, 72]) == BACKGROUNDS["gray"]
+
+
+@pytest.mark.parametrize("height, width, n", [(64, 64, 100), (128, 128, 50), (256, 256, 20), (64, 96, 50),
+                                              (96, 64, 50)])
+def test_ground_truths_are_read_back_and_judged_right(height, width, n):
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        for scene in scenes(kind, n, seed=height + width):
+            image = draw(scene, height, width)
+            assert same_things(read(image), scene.things)
+            assert judge(image, caption(scene, rng, kind)) and judge(image, caption(scene, rng), strict=True)
+
+
+def test_every_look_is_read_right_on_every_background_at_the_smallest_size():
+    for background in BACKGROUNDS:
+        for color in COLORS.keys() - {background}:
+            for shape in SHAPES:
+                scene = Scene((Thing(shape, color, 0.41, 0.57, 0.13),), background)
+                assert same_things(read(draw(scene)), scene.things), scene
+
+
+@pytest.mark.parametrize("harm", ["blur", "noise", "both"])
+def test_reading_survives_mild_blur_and_noise(harm):
+    rng = np.random.default_rng(0)
+    right = []
+    for scene in scenes(None, 300):
+        image = draw(scene)
+        image = blur(blur(image)) if harm != "noise" else image
+        image = np.clip(image + rng.normal(0, 12, image.shape), 0, 255) if harm != "blur" else image
+        right.append(same_things(read(image), scene.things))
+    assert np.mean(right) >= 0.99
+
+
+def test_touching_objects_of_different_colors_are_read_apart():
+    scene = Scene((Thing("square", "red", 0.35, 0.5, 0.2), Thing("circle", "blue", 0.7, 0.5, 0.2)), "white")
+    assert same_things(read(draw(scene)), scene.things)
+
+
+def test_specks_and_scribbles_are_no_objects():
+    image = draw(Scene((Thing("circle", "red", 0.6, 0.6, 0.2),), "white"))
+    image[5:8, 5:8] = COLORS["blue"]
+    image[2, :60] = image[:60, 2] = COLORS["black"]
+    assert [t.shape for t in read(image)] == ["circle"]
+
+
+def test_an_array_that_is_no_picture_is_refused():
+    with pytest.raises(ValueError, match="H, W, 3"):
+        read(np.zeros((3, 64, 64)))
+
+
+# What must be judged wrong
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blank_picture_is_always_wrong(kind):
+    rng = np.random.default_rng(0)
+    for scene in scenes(kind, 50):
+        verdict = judge(draw(replace(scene, things=())), caption(scene, rng, kind))
+        assert not (verdict.ok or verdict.shape or verdict.color or verdict.count)
+
+
+def test_swapped_colors_fail_color_attribution_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for scene in scenes("color_attr", 100):
+        a, b = scene.things
+        image = draw(Scene((replace(a, color=b.color), replace(b, color=a.color)), scene.background))
+        verdict = judge(image, caption(scene, rng, "color_attr"))
+        assert not verdict.ok and verdict.shape and verdict.color and verdict.count
+        assert judge(image, caption(scene, rng, "two"))
+
+
+def test_another_color_or_shape_is_wrong():
+    rng = np.random.default_rng(0)
+    for scene in scenes("colors", 100):
+        thing, text = scene.things[0], caption(scene, rng, "colors")
+        for color in COLORS.keys() - {thing.color, scene.background}:
+            assert not judge(draw(replace(scene, things=(replace(thing, color=color),))), text)
+        for shape in set(SHAPES) - {thing.shape}:
+            assert not judge(draw(replace(scene, things=(replace(thing, shape=shape),))), text)
+
+
+def test_one_object_more_or_less_fails_counting():
+    rng = np.random.default_rng(0)
+    words = ["one", "two", "three", "four"]
+    for scene in scenes("counting", 100):
+        image, (word, *rest) = draw(scene), caption(scene, rng, "counting").split()
+        for other in set(words[1:]) - {word}:
+            assert not judge(image, " ".join([other, *rest]))
+        assert not judge(draw(replace(scene, things=scene.things[1:])), " ".join([word, *rest]))
+
+
+def test_the_wrong_side_is_wrong():
+    rng = np.random.default_rng(0)
+    for scene in scenes("position", 100):
+        request = parse(caption(scene, rng, "position"))
+        for height, width in ((64, 64), (64, 96), (96, 64)):
+            image = draw(scene, height, width)
+            assert judge(image, request)
+            assert not judge(image, replace(request, relation=MIRRORED[request.relation]))
+            assert not judge(image, replace(request, asks=request.asks[::-1]))
+
+
+def test_nearly_coinciding_centres_have_no_relation():
+    image = draw(Scene((Thing("ring", "red", 0.5, 0.5, 0.4), Thing("circle", "blue", 0.53, 0.5, 0.12)), "white"))
+    assert {t.shape for t in read(image)} == {"ring", "circle"}
+    for relation in RELATIONS:
+        assert not judge(image, f"a circle {relation} a ring")
+
+
+def test_extra_objects_matter_to_strict_only():
+    image = draw(Scene((Thing("circle", "red", 0.3, 0.3, 0.2), Thing("star", "blue", 0.7, 0.7, 0.2)), "white"))
+    assert judge(image, "a red circle") and not judge(image, "a red circle", strict=True)
+    assert judge(image, "a red circle and a blue star", strict=True)
+
+
+def test_strict_wants_the_size_the_place_and_the_background():
+    image = draw(Scene((Thing("circle", "red", 0.25, 0.5, 0.18),), "white"))
+    for right, wrong in (("a small red circle", "a large red circle"),
+                         ("a red circle on the left", "a red circle on the right"),
+                         ("a red circle on a white background", "a red circle on a black background")):
+        assert judge(image, right, strict=True)
+        assert judge(image, wrong) and not judge(image, wrong, strict=True)
+
+
+def test_two_objects_of_one_shape_cannot_be_asked_for_by_name():
+    with pytest.raises(ValueError, match="one shape"):
+        judge(np.zeros((64, 64, 3), np.uint8), "a red circle and a blue circle")
