@@ -1,7 +1,7 @@
 """The text side of Stable Diffusion: prompts to token ids (`Tokenizer`), ids to embeddings (`TextEncoder`).
 
-Start at `TextEncoder.forward`. Three published towers fit it: CLIP ViT-L (SD 1.x, SDXL's first), OpenCLIP ViT-H (SD 2.x)
-and OpenCLIP bigG (SDXL's second); they differ by the numbers in `TextConfig` only.
+Start at `TextEncoder.forward`. Three published towers fit it: CLIP ViT-L (SD 1.x, SDXL's first), OpenCLIP ViT-H (SD
+2.x) and OpenCLIP bigG (SDXL's second); they differ by the numbers in `TextConfig` only.
 Shapes: B prompts, L tokens (77), D width, P width of the pooled vector.
 Source: "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, section 2.4.
 Checked against transformers 5.23 (CLIPTextModel, CLIPTextModelWithProjection). Parameter names are the published ones.

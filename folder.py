@@ -43,7 +43,7 @@ class ModelConfig:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json of a model folder; InputError where it is absent, of another kind, or has unknown or missing entries."""
+    """config.json of a model folder. InputError where it is absent, of another kind, or has wrong entries."""
     path = folder / "config.json"
     convert = f"convert it first: python convert_weights.py {folder} OUT_DIR"
     if folder.is_file():
@@ -165,7 +165,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(complain("stopped; finished files are kept", 130))
 
 
-OUT_OF_MEMORY = "out of memory: try --dtype float16 or bfloat16, a smaller --width and --height, --n 1, or --vae-tile 64"
+OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a smaller --width and --height, "
+                 "--batch-size 1, or --vae-tile 64")
 
 
 def complain(message: str, code: int) -> int:

@@ -42,7 +42,7 @@ class Plan:
     spacing: str
     times: tuple[float, ...]           # falling; times can repeat, so nothing is ever looked up by its time
     now: tuple[float, ...]             # alpha at each step
-    after: tuple[float, ...]           # alpha behind it: the next step's, or close to it (DDIM counts back a fixed stride)
+    after: tuple[float, ...]           # alpha behind it: the next step's, or near it (DDIM counts back a fixed stride)
     start_scale: float                 # the pure noise of step 0 is multiplied by this
 
 
@@ -87,7 +87,7 @@ def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), sp
         times = np.interp(np.log(sigma), np.log(table_sigma), np.arange(T))
         times = times.round() if solver == "dpm++2m" else times
     now = (1 / (1 + sigma ** 2)).tolist()
-    # Euler's first x is noise without sqrt(alpha) x0, so a little short of unit variance, unless the times are "leading"
+    # Euler's first x is noise without sqrt(alpha) x0, a little short of unit variance, unless the times are "leading"
     short = solver.startswith("euler") and spacing != "leading"
     return Plan(sampler, spacing, tuple(times.tolist()), tuple(now), (*now[1:], 1.0),
                 start_scale=math.sqrt(1 - now[0]) if short else 1.0)
@@ -124,7 +124,7 @@ def dpm_solver(plan: Plan) -> Step:
         now, after = plan.now[i], plan.after[i]
         h = half_log_snr(after) - half_log_snr(now)
         d = x0
-        if last_h > 0 and h < math.inf:                                # first step, and the one to alpha = 1: first order
+        if last_h > 0 and h < math.inf:                                # first order: first step, and to alpha = 1
             d = x0 + 0.5 * (h / last_h) * (x0 - last_x0)
         last_x0, last_h = x0, h
         return math.sqrt((1 - after) / (1 - now)) * x - math.sqrt(after) * math.expm1(-h) * d
@@ -195,7 +195,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
 def invert(unet: Callable[..., Tensor], latents: Tensor, context: Tensor, steps: int = 30, prediction: str = "epsilon",
            added: Tensor | None = None, spacing: str | None = None, schedule: NoiseSchedule = NoiseSchedule(),
            ) -> Iterator[tuple[int, Tensor]]:
-    """DDIM backwards: from VAE-scaled latents to the noise from which `generate` (ddim, eta 0, no guidance) remakes them.
+    """DDIM backwards: from VAE-scaled latents to the noise from which `generate` (ddim, no guidance) remakes them.
 
     Yields (step number of the step undone, latents before it), from the last step to step 0. Exact only in the limit of
     many steps: the prediction is made at the step's own time but from the latents behind it (arXiv 2105.05233, app. F).

@@ -2,8 +2,8 @@
 
 Start at `UNet.forward` and the two halves it is made of, `encode` and `decode`: they call every layer themselves. The
 network is one flat list of units: conv_in, the down units (11 in SD 1.x), the middle, the up units (12 in SD 1.x). The
-output of conv_in and of each down unit is kept as a skip, and up unit i takes the last skip not yet taken.
-Shapes: B batch, C channels, H W latent pixels at a unit's resolution, N = H * W image tokens, L text tokens, D text width.
+output of conv_in and of each down unit is kept as a skip, and an up unit takes the last skip not yet taken.
+Shapes: B batch, C channels, H W latent pixels at a unit's resolution, N = H * W tokens, L text tokens, D text width.
 Source: "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752; SDXL, arXiv 2307.01952.
 Checked against diffusers 0.42.1 (UNet2DConditionModel). Parameter names are those of the published checkpoints.
 """
@@ -26,9 +26,9 @@ class UNetConfig:
     mid_depth: int = 1                                    # TransformerBlocks in the middle
     heads: tuple[int, ...] = (8, 8, 8, 8)                 # attention heads by level; the middle uses the last entry
     context_dim: int = 768                                # D, width of the text embeddings
-    linear_proj: bool = False                             # proj_in and proj_out: linear, or (the same as) 1x1 convolutions
+    linear_proj: bool = False                             # proj_in, proj_out stored as linear, not as 1x1 convolutions
     upcast_attention: bool = False                        # SD 2.1: q k^T overflows float16, so attend in float32
-    add_dim: int = 0                                      # SDXL: width of the added condition (pooled text, image sizes)
+    add_dim: int = 0                                      # SDXL: width of the added condition (pooled text and sizes)
     add_time_dim: int = 256                               # SDXL: sinusoid width of each of the six image sizes
     groups: int = 32                                      # of every GroupNorm
 
@@ -44,7 +44,8 @@ CONFIGS = {
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """Numbers (B,) as waves (B, dim): cosines, then sines, wavelengths from 2 pi to 20,000 pi. Always float32."""
-    frequency = torch.exp(torch.arange(dim // 2, device=t.device, dtype=torch.float32) * (-math.log(10000) / (dim // 2)))
+    half = dim // 2
+    frequency = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -83,7 +84,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Tokens (B, N, C) ask; keys and values, each (B, heads, L, C / heads), answer -> (B, N, C)"""
+    """Multi-head attention. (B, N, C), keys and values (B, heads, L, C / heads) each -> (B, N, C)"""
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool):
         super().__init__()
@@ -245,7 +246,8 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, c in enumerate(channels):
             resnets = [resnet(h if j == 0 else c, c) for j in range(config.layers)]
-            self.down_blocks.append(Level(resnets, attentions(i, config.layers), down=Downsample(c) if i < last else None))
+            down = Downsample(c) if i < last else None
+            self.down_blocks.append(Level(resnets, attentions(i, config.layers), down=down))
             skips += [c] * (config.layers + (i < last))
             h = c
 
@@ -255,7 +257,8 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, c in reversed(list(enumerate(channels))):
             resnets = [resnet((h if j == 0 else c) + skips.pop(), c) for j in range(config.layers + 1)]
-            self.up_blocks.append(Level(resnets, attentions(i, config.layers + 1), up=Upsample(c) if i > 0 else None))
+            up = Upsample(c) if i > 0 else None
+            self.up_blocks.append(Level(resnets, attentions(i, config.layers + 1), up=up))
             h = c
 
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)

@@ -20,7 +20,7 @@ class VAEConfig:
     layers: int = 2                                    # ResBlocks per encoder level (the decoder has one more)
     latent_channels: int = 4
     groups: int = 32                                   # of every GroupNorm
-    scaling: float = 0.18215                           # the U-Net sees latents times this, so that they have unit variance
+    scaling: float = 0.18215                           # the U-Net sees latents times this: about unit variance
     force_upcast: bool = False                         # SDXL: activations overflow float16, so weights must be wider
 
     @property
@@ -229,5 +229,6 @@ def blend_tiles(out: Tensor, size: tuple[int, int], tile: int, scale: int,
     for top, bottom, wy in tile_weights(size[0], tile, scale):
         for left, right, wx in tile_weights(size[1], tile, scale):
             weight = (wy[:, None] * wx).to(out)
-            out[:, :, top * scale:bottom * scale, left * scale:right * scale] += compute(top, bottom, left, right) * weight
+            area = out[:, :, top * scale:bottom * scale, left * scale:right * scale]
+            area += compute(top, bottom, left, right) * weight
     return out

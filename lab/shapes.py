@@ -429,7 +429,7 @@ def same_things(found: list[Thing], truth: tuple[Thing, ...], tolerance: float =
 
 def show(path: str, columns: int = 6, size: int = 128) -> None:
     """Writes a contact sheet: one row per kind, each picture over its caption."""
-    from PIL import Image, ImageDraw        # only here, so that training needs numpy alone
+    from PIL import Image, ImageDraw  # only here, so that training needs numpy alone
     rng = np.random.default_rng(0)
     sheet = Image.new("RGB", (columns * (size + 8), len(KINDS) * (size + 40)), "lavender")
     for row, kind in enumerate(KINDS):

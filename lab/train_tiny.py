@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from unet import CONFIGS, UNet
 from vae import VAE, VAEConfig
 
 SIZE = 64                                                              # native pixels
-VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8)      # 64 px -> 16x16 latents
+VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)   # 64 px -> 16x16 latents
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
 
@@ -52,7 +51,7 @@ class TextToNoise(nn.Module):
 
 
 class Run:
-    """A training run: model, optimiser, averaged weights, step number, time, loss curve; knows how to save and resume."""
+    """A training run: model, optimiser, averaged weights, progress and loss curve; knows how to save and resume."""
 
     def __init__(self, model: nn.Module, path: Path, device: torch.device):
         self.model, self.path = model.to(device), path
@@ -83,7 +82,8 @@ class Run:
         if rank() == 0:
             with replacing(self.path) as path:
                 torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "average": self.average, "step": self.step, "seconds": self.seconds, "curve": self.curve}, path)
+                            "average": self.average, "step": self.step, "seconds": self.seconds,
+                            "curve": self.curve}, path)
 
 
 def rank() -> int:
@@ -123,7 +123,7 @@ def train(run: Run, steps: int, peak_lr: float, save_every: int, loss_of: Callab
             on_save()
 
 
-# ------------------------------------------------------------------------------------------------- stage 1: autoencoder
+# ------------------------------------------------------------------------------------------------ stage 1: autoencoder
 
 class Reconstruct(nn.Module):
     """An image through the autoencoder: (B, 3, H, W), noise (B, 4, h, w) -> reconstruction, mean, log-variance"""
@@ -172,6 +172,7 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.devic
 
     train(run, steps, 2e-3, 500, loss_of, "autoencoder")
     model.load_state_dict(run.average)
+    standardize(model.vae, device)
     return model.vae.eval().requires_grad_(False)
 
 
@@ -180,15 +181,26 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def latent_scaling(vae: VAE, device: torch.device) -> float:
-    """One over the standard deviation of latents, which gives the U-Net latents of unit variance."""
+@torch.no_grad()
+def standardize(vae: VAE, device: torch.device) -> None:
+    """Give every latent channel mean 0 and variance 1, by folding shift and scale into the 1x1 convolutions around it.
+
+    Pictures stay the same, `scaling` is 1, and the U-Net sees channels of equal weight.
+    """
     rng = np.random.default_rng(0)
     images = np.stack([shapes.draw(shapes.random_scene(rng, split="train"), SIZE, SIZE) for _ in range(512)])
-    with torch.no_grad():
-        return 1 / torch.cat([vae.encode(to_tensor(b).to(device))[0] for b in np.split(images, 8)]).std().item()
+    latents = torch.cat([vae.encode(to_tensor(part).to(device))[0] for part in np.split(images, 8)])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    n, quant, post = VAE_CONFIG.latent_channels, vae.quant_conv, vae.post_quant_conv
+    quant.bias[:n] -= mean
+    quant.weight[:n] /= std[:, None, None, None]
+    quant.bias[:n] /= std
+    quant.bias[n:] -= 2 * std.log()                                    # log-variance of a scaled latent
+    post.bias += (post.weight[:, :, 0, 0] * mean).sum(dim=1)
+    post.weight *= std[None, :, None, None]
 
 
-# ------------------------------------------------------------------------------------------------- stage 2: text + U-Net
+# ----------------------------------------------------------------------------------------------- stage 2: text + U-Net
 
 def make_tokenizer() -> Tokenizer:
     """Whole words of the world's vocabulary. The end token has the largest id, as in CLIP; padding is 0."""
@@ -220,7 +232,6 @@ def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_co
     scenes_rng = np.random.default_rng([seed, 2, rank()])
     scenes = [shapes.random_scene(scenes_rng, split="train") for _ in range(scene_count)]
     mean, std = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
-    scaling = latent_scaling(vae, device)
     tokenizer_path = work / f"tokenizer-{rank()}.json"
     make_tokenizer().save(str(tokenizer_path))
     tokenizer = clip_text.Tokenizer(tokenizer_path)
@@ -239,7 +250,7 @@ def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_co
         captions = ["" if rng.random() < 0.1 else shapes.caption(scenes[r], rng) for r in rows]
         ids, _ = tokenizer(captions, TEXT_CONFIG.length, TEXT_CONFIG.pad)
         z, eps = torch.from_numpy(rng.standard_normal((2, batch, *mean.shape[1:]), np.float32)).to(device)
-        x0 = scaling * (mean[rows].float().to(device) + std[rows].float().to(device) * z)
+        x0 = mean[rows].float().to(device) + std[rows].float().to(device) * z
         # shape and place are decided at high noise, so high times are drawn a little more often than low ones
         t = torch.from_numpy((1000 * rng.random(batch) ** 0.7).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
@@ -251,7 +262,7 @@ def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_co
             average.load_state_dict(run.average)
             facts = {"steps": run.step, "samples": run.step * batch * world(), "minutes": run.seconds / 60,
                      "processes": world(), "device": device.type, "seed": seed, "loss": run.curve}
-            write_folder(out, vae, average, scaling, facts)
+            write_folder(out, vae, average, facts)
 
     train(run, steps, 1e-3, 1000, loss_of, "text + U-Net", finish)
 
@@ -266,7 +277,7 @@ def start_from_zero(model: TextToNoise) -> None:
     nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
 
 
-def write_folder(out: Path, vae: VAE, model: TextToNoise, scaling: float, facts: dict) -> None:
+def write_folder(out: Path, vae: VAE, model: TextToNoise, facts: dict) -> None:
     """The model folder that `txt2img.py` loads, in float16, and how it was trained."""
     out.mkdir(parents=True, exist_ok=True)
     for name, module in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet)):
@@ -277,14 +288,14 @@ def write_folder(out: Path, vae: VAE, model: TextToNoise, scaling: float, facts:
     with replacing(out / "training.json") as path:
         path.write_text(json.dumps(facts) + "\n")
     write_config(out, ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(),
-                                  unet=UNET_CONFIG, vae=replace(VAE_CONFIG, scaling=scaling), text_encoder=TEXT_CONFIG))
+                                  unet=UNET_CONFIG, vae=VAE_CONFIG, text_encoder=TEXT_CONFIG))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="model folder to write (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=4500, help="optimiser steps of stage 1 (%(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=2700, help="optimiser steps of stage 1 (%(default)s)")
     parser.add_argument("--steps", type=int, default=9000, help="optimiser steps of stage 2 (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")

@@ -1,4 +1,4 @@
-"""sampler.py: the times it visits, its solvers against exact answers and against diffusers, and where noise comes from."""
+"""sampler.py: the times it visits, its solvers against exact answers, and where its noise comes from."""
 import json
 import math
 from pathlib import Path

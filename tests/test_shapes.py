@@ -6,9 +6,30 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lab.shapes import (BACKGROUNDS, COLORS, HELD_OUT, KINDS, RELATIONS, SHAPES, VOCABULARY, Request, Scene,
-                        Thing, caption, clear_relation, dense_scene, draw, held_out_pair, is_held_out, judge,
-                        parse, phrase, random_scene, read, same_things)
+from lab.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    KINDS,
+    RELATIONS,
+    SHAPES,
+    VOCABULARY,
+    Request,
+    Scene,
+    Thing,
+    caption,
+    clear_relation,
+    dense_scene,
+    draw,
+    held_out_pair,
+    is_held_out,
+    judge,
+    parse,
+    phrase,
+    random_scene,
+    read,
+    same_things,
+)
 
 MIRRORED = dict(zip(RELATIONS, ("right of", "left of", "below", "above")))
 

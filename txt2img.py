@@ -1,0 +1,390 @@
+"""From a prompt to a picture: `StableDiffusion` (load, encode, sample, decode) and the command line.
+
+    python txt2img.py "a red circle left of a blue square"
+    python txt2img.py "a photograph of an astronaut riding a horse" --model models/sd15 --steps 30 --seed 1
+
+Start at `StableDiffusion.sample`; the loop it runs is `sampler.generate`. Shapes: B images, H W pixels, h w latent
+pixels, L text tokens, D text width, P width of SDXL's pooled text vector.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:
+    resource = None
+
+from clip_text import TextEncoder, Tokenizer
+from folder import InputError, ModelConfig, load_weights, read_config, replacing, run_command
+from sampler import SAMPLERS, draw_noise, generate, plan
+from unet import UNet, sinusoid
+from vae import VAE
+
+TINY = Path(__file__).resolve().parent / "models" / "tiny"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WHOLE = 128 * 128      # latent pixels that the VAE decodes in one piece by default (SDXL's 1024x1024); above, in tiles
+
+Prompt = str | list[str] | Tensor | tuple[Tensor, Tensor | None]
+
+
+class StableDiffusion:
+    """A model folder in memory: tokenizer, text encoders, U-Net and VAE. Make one with `StableDiffusion.load`."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text_encoders: list[TextEncoder],
+                 unet: UNet, vae: VAE):
+        self.config, self.tokenizer, self.text_encoders = config, tokenizer, text_encoders
+        self.unet, self.vae = unet, vae
+        self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+
+    @staticmethod
+    def load(folder: str | Path, device: str | torch.device = "cpu",
+             dtype: torch.dtype = torch.float32) -> "StableDiffusion":
+        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit."""
+        folder = Path(folder)
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder / "tokenizer.json", config)
+        with torch.device("meta"):                                     # shapes only: the weights come from the files
+            unet, vae = UNet(config.unet), VAE(config.vae)
+            texts = [TextEncoder(c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
+        load_weights(unet, folder / "unet.safetensors", device, dtype)
+        # SDXL's VAE overflows float16: it stays in float32 there
+        guard = config.vae.force_upcast and dtype == torch.float16
+        load_weights(vae, folder / "vae.safetensors", device, torch.float32 if guard else dtype)
+        for name, text in zip(("text_encoder", "text_encoder_2"), texts):
+            load_weights(text, folder / f"{name}.safetensors", device, dtype)
+        if dtype != torch.float32:                                     # half-precision convolutions want this layout
+            unet.to(memory_format=torch.channels_last)
+            vae.to(memory_format=torch.channels_last)
+        return StableDiffusion(config, tokenizer, texts, unet, vae)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that the model can't see."""
+        hidden, pooled, lost = [], None, []
+        for text in self.text_encoders:
+            ids, lost = self.tokenizer(prompts, text.config.length, text.config.pad)
+            h, pooled = text(ids.to(self.device))                      # SDXL's pooled vector is the second encoder's
+            hidden.append(h)
+        for prompt, words in zip(prompts, lost):
+            if words:
+                warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}", stacklevel=2)
+        return torch.cat(hidden, dim=-1), pooled
+
+    def size_conditioning(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        """SDXL's added condition (B, add_dim): the pooled text (B, P), then a wave for each of six sizes (B, 6).
+
+        time_ids: original height and width, top and left of the crop, target height and width, in pixels.
+        """
+        waves = sinusoid(time_ids.flatten(), self.config.unet.add_time_dim).reshape(len(time_ids), -1)
+        return torch.cat([pooled, waves.to(pooled)], dim=-1)
+
+    def conditions(self, prompt: Prompt | None, batch: int | None,
+                   height: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """What the U-Net is told: context (B, L, D), and for SDXL the added condition (B, add_dim)."""
+        if prompt is None and self.config.zero_negative:               # SDXL without a negative prompt: zeros, not ""
+            context, pooled = (torch.zeros_like(x) for x in self.encode_prompt([""]))
+        elif isinstance(prompt, Tensor):
+            context, pooled = prompt, None
+        elif isinstance(prompt, tuple):
+            context, pooled = prompt
+        else:
+            context, pooled = self.encode_prompt([prompt or ""] if isinstance(prompt, str | None) else list(prompt))
+        if batch is not None and len(context) == 1:
+            context, pooled = context.expand(batch, -1, -1), None if pooled is None else pooled.expand(batch, -1)
+        if batch is not None and len(context) != batch:
+            raise InputError(f"there are {len(context)} negative prompts for {batch} prompts; give one, or as many")
+        if not self.config.unet.add_dim:
+            return context.to(self.device, self.dtype), None
+        if pooled is None:
+            raise InputError("this model needs the pooled text too: pass (context, pooled) instead of context alone")
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(len(context), -1)
+        return context.to(self.device, self.dtype), self.size_conditioning(pooled, time_ids).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
+               cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
+               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, init: Tensor | None = None,
+               strength: float = 0.8, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Prompts to latents (B, 4, h, w), VAE-scaled, float32.
+
+        prompt: one text or a list of B; or embeddings: context (B, L, D), for SDXL with the pooled vector (B, P).
+        negative_prompt: likewise, one for all or B. None: what the model's authors do without one ("", SDXL: zeros).
+        seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
+        height, width: pixels, multiples of 8; None: the model's native size. noise: (B, 4, h, w), unit variance, in
+        place of the seeds' first draw. init: latents to start from (see `encode`); `strength` (0..1) of it is redrawn.
+        callback(step, latents) is called after each step. Other arguments: see `sampler.generate`.
+        """
+        factor = self.config.vae.factor
+        for like in (init, noise):
+            if like is not None:
+                height, width = like.shape[-2] * factor, like.shape[-1] * factor
+        native = self.config.size
+        height, width = check_size(native if height is None else height, native if width is None else width)
+        context, added = self.conditions(prompt, None, height, width)
+        negative, negative_added = None, None
+        if cfg_scale != 1:
+            negative, negative_added = self.conditions(negative_prompt, len(context), height, width)
+
+        seeds = [seed + k for k in range(len(context))] if isinstance(seed, int) else seed
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        if noise is None:
+            like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
+            noise = draw_noise(generators, like)
+        latents = noise
+        for i, latents in generate(
+                self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
+                added, negative_added, spacing, eta, generators, self.config.schedule, init, strength):
+            if callback is not None:
+                callback(i, latents)
+        if not latents.isfinite().all():
+            raise InputError(f"the latents are not finite (NaN) in {self.dtype}: use --dtype bfloat16 or float32")
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """VAE-scaled latents (B, 4, h, w) to images (B, 3, H, W) in [0, 1], float32, one at a time to save memory.
+
+        tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
+        """
+        weight = self.vae.post_quant_conv.weight
+        z = (latents.to(weight.device) / self.config.vae.scaling).to(weight.dtype)
+        images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
+        if not images.isfinite().all():
+            raise InputError(f"the image is not finite (NaN) in {weight.dtype}: use --dtype bfloat16 or float32")
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w): the mean, no noise. tile: as in `decode`."""
+        weight, factor = self.vae.quant_conv.weight, self.config.vae.factor
+        x = (images * 2 - 1).to(weight)
+        mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
+        return mean.float() * self.config.vae.scaling
+
+
+def tile_side(tile: int | None, latents: Tensor) -> int | None:
+    """The VAE's `tile` argument: as asked (0: none), or by the latents' size."""
+    return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
+
+
+def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """tokenizer.json, checked against the text encoder's vocabulary."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; convert the model again")
+    try:
+        tokenizer = Tokenizer(path)
+    except Exception as error:                                         # the tokenizers library raises nothing narrower
+        raise InputError(f"{path} is not a CLIP tokenizer ({error}); convert the model again") from None
+    if tokenizer.end >= config.text_encoder.vocab:
+        raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows "
+                         f"{config.text_encoder.vocab}; convert the model again with the tokenizer that belongs to it")
+    return tokenizer
+
+
+def check_size(height: int, width: int) -> tuple[int, int]:
+    """InputError for a side that is not a positive multiple of 8, naming the nearest that are."""
+    for name, side in (("height", height), ("width", width)):
+        if side <= 0 or side % 8:
+            near = max(side // 8 * 8, 8)
+            raise InputError(f"{name} {side} is not a multiple of 8; the nearest are {near} and {near + 8}")
+    return height, width
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+def save_png(image: Tensor, path: Path, parameters: str) -> None:
+    """One image (3, H, W) in [0, 1], with its settings in the text chunk that other tools read ("parameters")."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters)
+    with replacing(path) as part:
+        Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
+
+
+def save_grid(paths: list[Path], path: Path) -> None:
+    """Finished pictures of one size as a sheet, as square as their number allows."""
+    pictures = [Image.open(p).convert("RGB") for p in paths]
+    columns, (w, h) = math.ceil(math.sqrt(len(pictures))), pictures[0].size
+    sheet = Image.new("RGB", (columns * w, math.ceil(len(pictures) / columns) * h))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: int, width: int) -> str:
+    """The settings in the format that A1111's web UI began and most tools read."""
+    solver = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a"}
+    pairs = {"Steps": args.steps, "Sampler": solver[args.sampler.removesuffix("-karras")],
+             "Schedule type": "Karras" if args.sampler.endswith("-karras") else "Automatic",
+             "CFG scale": f"{args.cfg_scale:g}", "Seed": seed, "Size": f"{width}x{height}", "Model": args.model.name}
+    if args.eta:
+        pairs["Eta"] = f"{args.eta:g}"
+    if args.init_image:
+        pairs["Denoising strength"] = f"{args.strength:g}"
+    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
+    return f"{prompt}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in {**pairs, "RNG": "CPU"}.items())
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help="what the picture should show")
+    parser.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
+    parser.add_argument("--model", type=Path, default=TINY, help="model folder written by convert_weights.py")
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="a .png, or a folder for 00000_SEED.png, ...")
+    parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; picture k has seed + k")
+    parser.add_argument("--steps", type=int, default=30, help="U-Net evaluations per picture")
+    parser.add_argument("--sampler", default="ddim", help=", ".join(SAMPLERS))
+    parser.add_argument("--spacing", help="of the times: leading, linspace or trailing (default: the model's)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise added at every step: 0 none, 1 as in DDPM")
+    parser.add_argument("--cfg-scale", type=float, default=7.5, help="guidance; 1: none, 0: the negative prompt alone")
+    parser.add_argument("--width", "-W", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--height", "-H", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--init-image", type=Path, metavar="FILE", help="start from this picture")
+    parser.add_argument("--strength", type=float, default=0.8, help="how much of --init-image is redrawn, 0 to 1")
+    parser.add_argument("--grid", action="store_true", help="also write all pictures as one sheet")
+    parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time: faster, more memory")
+    parser.add_argument("--vae-tile", type=int, help="side of VAE tiles in latent pixels, 0: none (default: by size)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 elsewhere")
+    args = parser.parse_args()
+
+    try:                                                               # before gigabytes are loaded
+        plan(args.sampler, args.steps, spacing=args.spacing)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    for flag, ok, legal in (("--n", args.n >= 1, "1 or more"), ("--batch-size", args.batch_size >= 1, "1 or more"),
+                            ("--strength", 0 <= args.strength <= 1, "between 0 and 1"),
+                            ("--seed", 0 <= args.seed < 2 ** 63, "0 or more"),
+                            ("--cfg-scale", math.isfinite(args.cfg_scale), "a finite number"),
+                            ("--eta", 0 <= args.eta <= 1, "between 0 and 1"),
+                            ("--eta", args.eta == 0 or not args.sampler.startswith("dpm"), f"0 with {args.sampler}"),
+                            ("--vae-tile", args.vae_tile in (None, 0) or args.vae_tile >= 8, "0, or 8 or more")):
+        if not ok:
+            raise InputError(f"{flag} must be {legal}")
+    check_size(8 if args.height is None else args.height, 8 if args.width is None else args.width)
+    if (args.prompt is None) == (args.from_file is None):
+        raise InputError("give a prompt, or a file of prompts with --from-file (and not both)")
+    if args.from_file and args.out.suffix == ".png":
+        if args.out != Path("out.png"):
+            raise InputError(f"--from-file writes many pictures: --out must be a folder, not {args.out}")
+        args.out = Path("out")
+    if args.grid and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--grid needs all pictures in one process: run again without torchrun, finished ones are kept")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "float16")]
+    return args
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts in order, each as often as --n says."""
+    prompts = [args.prompt]
+    if args.from_file:
+        try:
+            prompts = [line.strip() for line in args.from_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"can't read the prompts in {args.from_file} ({error}); it must be a text file") from None
+        if not prompts:
+            raise InputError(f"{args.from_file} has no prompts; write one on each line")
+    return [prompt for prompt in prompts for _ in range(args.n)]
+
+
+def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
+    """Where each picture goes: out.png; out_SEED.png for several; 00000_SEED.png, ... in a folder. Makes the folder."""
+    seeds = range(args.seed, args.seed + count)
+    if args.out.suffix == ".png":
+        folder = args.out.parent
+        paths = [args.out] if count == 1 else [args.out.with_stem(f"{args.out.stem}_{seed}") for seed in seeds]
+    else:
+        folder = args.out
+        paths = [folder / f"{k:05d}_{seed}.png" for k, seed in enumerate(seeds)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "probe") as probe:                     # better now than after minutes of work
+            probe.touch()
+        (folder / "probe").unlink()
+    except OSError as error:
+        raise InputError(f"can't write to {folder} ({error.strerror}); choose another --out") from None
+    return paths
+
+
+def read_image(args: argparse.Namespace) -> Tensor:
+    """--init-image as (1, 3, H, W) in [0, 1], at --width and --height or its own size, rounded to multiples of 8."""
+    try:
+        with Image.open(args.init_image) as file:
+            picture = file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"can't read the picture {args.init_image} ({error})") from None
+    width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((args.width, args.height), picture.size))
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def main() -> None:
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    args = parse_arguments()
+    prompts = read_prompts(args)
+    paths = picture_paths(args, len(prompts))
+    init_image = read_image(args) if args.init_image else None
+
+    # Under torchrun each process takes every world-th picture. Nothing is exchanged: a picture depends on its seed only.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    todo = [k for k in range(rank, len(prompts), world) if args.out.suffix == ".png" or not paths[k].exists()]
+    if todo:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
+        sd = StableDiffusion.load(args.model, device, args.dtype)
+        init = None if init_image is None else sd.encode(init_image.to(sd.device), args.vae_tile)
+        height, width = init_image.shape[-2:] if args.init_image else (args.height or sd.config.size,
+                                                                       args.width or sd.config.size)
+
+    for start in range(0, len(todo), args.batch_size):
+        batch, started = todo[start:start + args.batch_size], time.time()
+        with tqdm(total=args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
+                  disable=rank > 0) as bar:
+            latents = sd.sample(
+                [prompts[k] for k in batch], args.negative_prompt, args.steps, args.sampler, args.cfg_scale,
+                [args.seed + k for k in batch], height, width, None, args.eta, args.spacing,
+                None if init is None else init.expand(len(batch), -1, -1, -1), args.strength,
+                lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
+            images = sd.decode(latents, args.vae_tile)
+        seconds = (time.time() - started) / len(batch)
+        for k, image in zip(batch, images):
+            save_png(image, paths[k], parameters_text(args, prompts[k], args.seed + k, height, width))
+            memory = f"peak memory {peak_memory(sd.device):.2f} GB"
+            print(f"{paths[k]}  seed {args.seed + k}  {seconds:.1f} s  {memory}", flush=True)
+    if len(todo) < len(range(rank, len(prompts), world)):
+        print(f"{len(range(rank, len(prompts), world)) - len(todo)} pictures were there already in {args.out}")
+    if args.grid:
+        sheet = args.out.with_stem(f"{args.out.stem}_grid") if args.out.suffix == ".png" else args.out / "grid.png"
+        save_grid(paths, sheet)
+        print(sheet)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes: of the GPU's memory by tensors, or of main memory by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:                                               # Windows keeps no such record
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+if __name__ == "__main__":
+    run_command(main)
