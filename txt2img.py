@@ -71,7 +71,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that the model can't see."""
+        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that are lost."""
         hidden, pooled, lost = [], None, []
         for text in self.text_encoders:
             ids, lost = self.tokenizer(prompts, text.config.length, text.config.pad)
@@ -167,7 +167,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w): the mean, no noise. tile: as in `decode`."""
+        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
         weight, factor = self.vae.quant_conv.weight, self.config.vae.factor
         x = (images * 2 - 1).to(weight)
         mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
@@ -289,6 +289,10 @@ def parse_arguments() -> argparse.Namespace:
     if args.grid and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--grid needs all pictures in one process: run again without torchrun, finished ones are kept")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device} can't be used here ({str(error).splitlines()[0]})") from None
     args.dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "float16")]
     return args
 
@@ -344,7 +348,7 @@ def main() -> None:
     paths = picture_paths(args, len(prompts))
     init_image = read_image(args) if args.init_image else None
 
-    # Under torchrun each process takes every world-th picture. Nothing is exchanged: a picture depends on its seed only.
+    # Under torchrun each process takes every world-th picture; nothing is exchanged: a picture depends on its seed only
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     todo = [k for k in range(rank, len(prompts), world) if args.out.suffix == ".png" or not paths[k].exists()]
     if todo:

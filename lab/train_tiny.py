@@ -55,7 +55,7 @@ class Run:
 
     def __init__(self, model: nn.Module, path: Path, device: torch.device):
         self.model, self.path = model.to(device), path
-        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {name: p.detach().clone() for name, p in model.state_dict().items()}
         self.step, self.seconds, self.curve = 0, 0.0, []
         if path.exists():
@@ -212,7 +212,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every scene's latent, (S, 4, 16, 16) float16 each: encoded once, kept in a file."""
+    """Mean and standard deviation of every scene's latent, (S, 4, 16, 16) float16: encoded once, kept in a file."""
     if not path.exists():
         stats = []
         with torch.no_grad():

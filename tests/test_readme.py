@@ -1,0 +1,49 @@
+"""README.md: its commands run as they stand, it is short, and what CI runs is what it says."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+# these need the network, a checkpoint, or are the command that runs this test
+ELSEWHERE = ("pip install", "python -m pytest", "python convert_weights.py path/to/", "--model models/sd15")
+
+
+def test_the_readme_is_at_most_700_words_and_begins_with_a_picture_that_exists():
+    assert len(README.split()) <= 700
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert README.index("![") < README.index("Stable Diffusion") and all((ROOT / p).is_file() for p in pictures)
+
+
+def test_every_file_that_the_readme_names_exists():
+    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt))`", README):
+        assert (ROOT / name).is_file() or name == "prompts.txt", name
+
+
+def test_ci_runs_the_readmes_own_commands():
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    for command in ("pip install -r requirements.txt", "python -m pytest",
+                    'python txt2img.py "a red circle left of a blue square"'):
+        assert command in SHELL and command in ci
+
+
+@pytest.mark.parametrize("command", [c for c in SHELL if not any(part in c for part in ELSEWHERE)])
+def test_every_other_command_of_the_readme_runs(command, tmp_path):
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    arguments = [str(ROOT / a) if (ROOT / a).is_file() else a for a in arguments]
+    subprocess.run([sys.executable, *arguments], check=True, cwd=tmp_path, capture_output=True)
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_the_readmes_python_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        names: dict = {}
+        exec(block, names)
+        assert names["images"].shape == (2, 3, 64, 64)

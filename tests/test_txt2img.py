@@ -1,0 +1,352 @@
+"""txt2img.py: the class, the command line, its files, and one clear line for every kind of bad input."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import folder
+import txt2img
+from clip_text import TextConfig, TextEncoder
+from folder import InputError, ModelConfig, run_command, write_config
+from sampler import NoiseSchedule
+from txt2img import StableDiffusion
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = TextConfig(vocab=8, length=6, width=16, layers=2, heads=2, hidden=32, pad=0)
+UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), context_dim=16, groups=4, layers=1)
+WORDS = ["<|padding|>", "<|unknown|>", "<|startoftext|>", "a", "red", "blue", "circle", "<|endoftext|>"]
+
+
+def make_folder(path: Path, sdxl: bool = False) -> Path:
+    """A model folder with random weights, small enough to sample from in milliseconds."""
+    text, unet, more = TEXT, UNET, {}
+    if sdxl:
+        text = replace(TEXT, output="penultimate")
+        more = dict(text_encoder_2=replace(text, projection=12), zero_negative=True)
+        unet = replace(UNET, context_dim=32, add_dim=12 + 6 * 4, add_time_dim=4)
+    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, scaling=1.0, force_upcast=sdxl)
+    config = ModelConfig("sdxl" if sdxl else "tiny", "epsilon", 32, NoiseSchedule(), unet, vae, text, **more)
+    modules = {"unet": UNet(config.unet), "vae": VAE(config.vae), "text_encoder": TextEncoder(config.text_encoder)}
+    if sdxl:
+        modules["text_encoder_2"] = TextEncoder(config.text_encoder_2)
+    path.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in modules.items():
+        state = {k: torch.randn(p.shape, generator=generator) * 0.15 for k, p in module.state_dict().items()}
+        save_file(state, path / f"{name}.safetensors")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    write_config(path, config)
+    return path
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "narrow")
+
+
+@pytest.fixture(scope="module")
+def narrow_xl(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "narrow-xl", sdxl=True)
+
+
+@pytest.fixture()
+def command(monkeypatch, capsys):
+    """Runs txt2img.py's command line in this process -> exit code, stdout, stderr."""
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["txt2img.py", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(txt2img.main)
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+# ----------------------------------------------------------------------------------------------------------- the class
+
+def test_image_k_of_a_batch_is_the_image_of_seed_plus_k(narrow):
+    sd = StableDiffusion.load(narrow)
+    for sampler in ("ddim", "euler-a"):
+        batch = sd.sample(["a red circle", "a blue circle"], steps=3, sampler=sampler, seed=5)
+        alone = sd.sample("a blue circle", steps=3, sampler=sampler, seed=6)
+        assert batch.shape == (2, 4, 8, 8)
+        assert torch.allclose(batch[1:], alone, atol=1e-5 * alone.abs().max().item())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(narrow):
+    sd = StableDiffusion.load(narrow)
+    a, b, c = (sd.sample("a circle", steps=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.allclose(a, c, atol=1e-2)
+
+
+def test_noise_embeddings_and_seed_lists_take_the_place_of_texts_and_seeds(narrow):
+    sd = StableDiffusion.load(narrow)
+    plain = sd.sample(["a circle", "red"], "blue", steps=2, seed=3)
+    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
+    context, pooled = sd.encode_prompt(["a circle", "red"])
+    assert pooled is None and context.shape == (2, 6, 16)
+    assert torch.equal(sd.sample(["a circle", "red"], "blue", steps=2, noise=noise, seed=9), plain)
+    assert torch.equal(sd.sample(context, sd.encode_prompt(["blue"])[0], steps=2, seed=[3, 4]), plain)
+
+
+def test_the_callback_sees_every_step_and_guidance_scale_zero_follows_the_negative_prompt(narrow):
+    sd, seen = StableDiffusion.load(narrow), []
+    latents = sd.sample("red circle", "blue", steps=4, cfg_scale=0, callback=lambda i, x: seen.append((i, x)))
+    assert [i for i, _ in seen] == [0, 1, 2, 3] and torch.equal(seen[-1][1], latents)
+    assert torch.allclose(latents, sd.sample("blue", steps=4, cfg_scale=1), atol=1e-5)
+
+
+def test_sdxl_no_negative_prompt_is_zeros_and_not_the_empty_text(narrow_xl):
+    sd = StableDiffusion.load(narrow_xl)
+    context, pooled = sd.encode_prompt(["a red circle"])
+    assert context.shape == (1, 6, 32) and pooled.shape == (1, 12)
+    added = sd.size_conditioning(pooled, torch.tensor([[32, 32, 0, 0, 32, 32]]))
+    assert added.shape == (1, 36) and torch.equal(added[:, :12], pooled)
+    none, empty, zeros = (sd.sample("a circle", negative, steps=2) for negative in
+                          (None, "", (torch.zeros(1, 6, 32), torch.zeros(1, 12))))
+    assert torch.equal(none, zeros) and not torch.allclose(none, empty, atol=1e-3)
+
+
+def test_decoding_gives_pictures_and_encoding_takes_them_back_to_latents(narrow):
+    sd = StableDiffusion.load(narrow)
+    images = sd.decode(torch.randn(2, 4, 8, 6, generator=torch.Generator().manual_seed(0)))
+    assert images.shape == (2, 3, 32, 24) and 0 <= images.min() and images.max() <= 1
+    assert sd.encode(images).shape == (2, 4, 8, 6)
+
+
+def test_the_sdxl_autoencoder_stays_in_float32_when_the_rest_is_float16(narrow_xl, narrow):
+    sd = StableDiffusion.load(narrow_xl, dtype=torch.float16)
+    assert sd.unet.conv_in.weight.dtype == torch.float16 and sd.vae.quant_conv.weight.dtype == torch.float32
+    assert StableDiffusion.load(narrow, dtype=torch.float16).vae.quant_conv.weight.dtype == torch.float16
+
+
+def test_half_precision_stays_close_to_float32(narrow):
+    full, half = (StableDiffusion.load(narrow, dtype=dtype).sample("a circle", steps=3, cfg_scale=2)
+                  for dtype in (torch.float32, torch.bfloat16))
+    assert half.isfinite().all() and (half - full).abs().max() < 0.1 * full.abs().max()
+
+
+def test_lost_words_are_reported_by_name(narrow):
+    sd = StableDiffusion.load(narrow)
+    with pytest.warns(UserWarning, match="'zebra'"):
+        sd.encode_prompt(["a zebra"])
+    with pytest.warns(UserWarning, match="'blue circle'"):
+        sd.encode_prompt(["a red circle a blue circle"])
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+
+def test_one_command_writes_a_png_with_its_settings_inside(narrow, tmp_path, command):
+    out = tmp_path / "new" / "p.png"
+    code, stdout, _ = command("a red circle", "--model", narrow, "--steps", 2, "--out", out, "--seed", 7,
+                              "--negative-prompt", "blue", "--sampler", "dpm++2m-karras", "--width", 40)
+    assert code == 0 and pixels(out).shape == (32, 40, 3)
+    lines = Image.open(out).text["parameters"].split("\n")
+    assert lines[:2] == ["a red circle", "Negative prompt: blue"]
+    assert lines[2] == ("Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 7, Size: 40x32, "
+                        "Model: narrow, RNG: CPU")
+    last = stdout.strip().split("\n")[-1]
+    assert str(out) in last and "seed 7" in last and " s " in last and "GB" in last
+    assert [p.name for p in out.parent.iterdir()] == ["p.png"]
+
+
+def test_several_pictures_are_numbered_by_seed_and_drawn_on_a_sheet(narrow, tmp_path, command):
+    command("a circle", "--model", narrow, "--steps", 1, "--out", tmp_path / "p.png", "--n", 3, "--grid")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p_0.png", "p_1.png", "p_2.png", "p_grid.png"]
+    assert pixels(tmp_path / "p_grid.png").shape == (64, 64, 3)
+    assert np.array_equal(pixels(tmp_path / "p_grid.png")[:32, 32:], pixels(tmp_path / "p_1.png"))
+
+
+def test_a_prompt_file_is_resumed_where_it_stopped(narrow, tmp_path, command):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a circle\n\na red circle\n a blue circle\n")
+    arguments = ("--from-file", prompts, "--model", narrow, "--steps", 2, "--out", out, "--seed", 4)
+    assert command(*arguments)[0] == 0
+    assert sorted(p.name for p in out.iterdir()) == ["00000_4.png", "00001_5.png", "00002_6.png"]
+    first, kept = (out / "00000_4.png").stat().st_mtime_ns, pixels(out / "00001_5.png")
+    (out / "00001_5.png").unlink()
+    code, stdout, _ = command(*arguments)
+    assert code == 0 and "2 pictures were there already" in stdout
+    assert (out / "00000_4.png").stat().st_mtime_ns == first and np.array_equal(pixels(out / "00001_5.png"), kept)
+
+
+def test_two_processes_make_the_same_files_as_one(narrow, tmp_path, command):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle\na red circle\na blue circle\n")
+    common = ("--from-file", prompts, "--model", narrow, "--steps", 2, "--sampler", "euler-a")
+    command(*common, "--out", tmp_path / "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    ROOT / "txt2img.py", *map(str, common), "--out", tmp_path / "two"], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir()) and len(names) == 3
+    assert all(np.array_equal(pixels(tmp_path / "one" / n), pixels(tmp_path / "two" / n)) for n in names)
+
+
+def test_img2img_starts_from_a_picture_and_strength_zero_returns_it(narrow, tmp_path, command):
+    start, out = tmp_path / "start.png", tmp_path / "out.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (35, 50, 3), dtype=np.uint8)).save(start)
+    arguments = ("a circle", "--model", narrow, "--init-image", start, "--out", out, "--steps", 4)
+    assert command(*arguments, "--strength", 0)[0] == 0
+    kept, sd = pixels(out), StableDiffusion.load(narrow)
+    x = torch.from_numpy(np.asarray(Image.open(start).resize((48, 32), Image.Resampling.LANCZOS)).copy())
+    x = x.permute(2, 0, 1)[None].float() / 255
+    assert np.abs(kept - (sd.decode(sd.encode(x))[0] * 255).round().permute(1, 2, 0).numpy()).max() <= 1
+    assert command(*arguments, "--strength", 0.75)[0] == 0 and "Denoising strength: 0.75" in \
+        Image.open(out).text["parameters"]
+    assert not np.array_equal(pixels(out), kept)
+
+
+def test_the_help_shows_every_default(command):
+    code, stdout, _ = command("--help")
+    assert code == 0 and all(text in stdout for text in ("(default: 30)", "(default: 7.5)", "(default: ddim)", "models/tiny"))
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("arguments,words", [
+    (["a circle", "--width", "36"], "width 36 is not a multiple of 8; the nearest are 32 and 40"),
+    (["a circle", "--height", "0"], "height 0 is not a multiple of 8"),
+    (["a circle", "--steps", "0"], "steps must be 1 to 1000"),
+    (["a circle", "--steps", "1001"], "steps must be 1 to 1000"),
+    (["a circle", "--sampler", "plms"], "ddim, dpm++2m, dpm++2m-karras, euler, euler-karras, euler-a"),
+    (["a circle", "--spacing", "even"], "leading, linspace, trailing"),
+    (["a circle", "--strength", "1.5"], "--strength must be between 0 and 1"),
+    (["a circle", "--cfg-scale", "nan"], "--cfg-scale must be a finite number"),
+    (["a circle", "--eta", "1", "--sampler", "dpm++2m"], "--eta must be 0 with dpm++2m"),
+    (["a circle", "--vae-tile", "4"], "--vae-tile must be 0, or 8 or more"),
+    (["a circle", "--n", "0"], "--n must be 1 or more"),
+    (["a circle", "--seed", "-1"], "--seed must be 0 or more"),
+    ([], "give a prompt"),
+    (["a circle", "--from-file", "x.txt"], "not both"),
+    (["--from-file", "nowhere.txt"], "nowhere.txt"),
+    (["--from-file", "nowhere.txt", "--out", "one.png"], "must be a folder"),
+    (["a circle", "--init-image", "nowhere.png"], "can't read the picture nowhere.png"),
+    (["a circle", "--model", "nowhere"], "convert_weights.py SOURCE nowhere"),
+    (["a circle", "--device", "abacus"], "abacus"),
+])
+def test_bad_arguments_end_in_one_clear_line(arguments, words, narrow, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = command("--model", narrow, *arguments)
+    assert code == 2 and words in stderr and stderr.count("\n") == 1 and stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def broken(narrow: Path, tmp_path: Path, damage) -> Path:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in narrow.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    damage(copy)
+    return copy
+
+
+def edit_config(change):
+    def damage(path: Path) -> None:
+        data = json.loads((path / "config.json").read_text())
+        change(data)
+        (path / "config.json").write_text(json.dumps(data))
+    return damage
+
+
+def edit_unet(change):
+    def damage(path: Path) -> None:
+        state = load_file(path / "unet.safetensors")
+        change(state)
+        save_file(state, path / "unet.safetensors")
+    return damage
+
+
+def cut(path: Path) -> None:
+    data = (path / "unet.safetensors").read_bytes()
+    (path / "unet.safetensors").write_bytes(data[:len(data) // 2])
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda p: (p / "config.json").unlink(), "python convert_weights.py"),
+    (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
+    (lambda p: (p / "config.json").write_text("[]"), "converted model"),
+    (lambda p: (p / "vae.safetensors").unlink(), "there is no file"),
+    (lambda p: (p / "tokenizer.json").write_text("{}"), "not a CLIP tokenizer"),
+    (cut, "not a complete safetensors file"),
+    (lambda p: (p / "unet.safetensors").write_bytes(b"\x80\x04pickle"), "not a complete safetensors file"),
+    (edit_config(lambda c: c["unet"].update(chanels=[8])), "did you mean channels?"),
+    (edit_config(lambda c: c.pop("size")), "incomplete"),
+    (edit_config(lambda c: c["unet"].update(channels=[8, 24])), "has shape"),
+    (edit_config(lambda c: c["text_encoder"].update(vocab=5)), "the text encoder knows 5"),
+    (edit_unet(lambda s: s.pop("conv_in.bias")), "lacks 1 tensors"),
+    (edit_unet(lambda s: s.update({"conv_inn.bias": s.pop("conv_in.bias")})), "did you mean conv_in.bias?"),
+    (edit_unet(lambda s: s["conv_out.bias"].fill_(float("nan"))), "not finite"),
+])
+def test_a_damaged_model_folder_ends_in_one_clear_line(damage, words, narrow, tmp_path, command):
+    model = broken(narrow, tmp_path, damage)
+    code, _, stderr = command("a circle", "--model", model, "--steps", 1, "--out", tmp_path / "p.png")
+    assert code == 2 and words in stderr.split("\r")[-1] and "Traceback" not in stderr
+    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob(".*"))
+
+
+def test_pointing_at_a_checkpoint_file_names_the_convert_command(tmp_path, command):
+    file = tmp_path / "v1-5.safetensors"
+    file.write_bytes(b"x")
+    code, _, stderr = command("a circle", "--model", file, "--out", tmp_path / "p.png")
+    assert code == 2 and f"python convert_weights.py {file} OUT_DIR" in stderr
+
+
+def test_an_empty_prompt_file_and_an_unwritable_place_are_named(narrow, tmp_path, command):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    assert "has no prompts" in command("--from-file", empty, "--model", narrow, "--out", tmp_path / "o")[2]
+    code, _, stderr = command("a circle", "--model", narrow, "--out", empty / "sub" / "p.png")
+    assert code == 2 and "can't write to" in stderr and stderr.count("\n") == 1
+
+
+def test_running_out_of_memory_names_the_flags_that_help(narrow, tmp_path, command, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(txt2img, "generate", full)
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png")
+    assert code == 2 and all(flag in stderr for flag in ("--dtype", "--width", "--vae-tile")) and "Traceback" not in stderr
+
+
+def test_stopping_a_batch_keeps_the_finished_files_and_nothing_half_written(narrow, tmp_path, command, monkeypatch):
+    decode, calls = StableDiffusion.decode, []
+
+    def stop_at_the_second(self, *arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, *arguments)
+    monkeypatch.setattr(StableDiffusion, "decode", stop_at_the_second)
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path, "--n", 3, "--steps", 1)
+    assert code == 130 and "stopped" in stderr and [p.name for p in tmp_path.iterdir()] == ["00000_0.png"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="can't write"), folder.replacing(tmp_path / "x") as part:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_json_round_trips(narrow):
+    config = folder.read_config(narrow)
+    assert asdict(config) == asdict(folder.read_config(narrow)) and config.unet.channels == (8, 16)
