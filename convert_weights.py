@@ -1,0 +1,670 @@
+"""Checkpoints of Stable Diffusion 1.x, 2.x and SDXL, as people have them, to the folder that `txt2img.py` loads.
+
+    python convert_weights.py SOURCE OUT_DIR
+
+SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`.
+For each tensor that our modules have, `find` says where it lies in the source and what to do to it: names are made
+from our side, so what is missing and what nobody knows are two set differences. One tensor at a time is in memory.
+Checked against the names and shapes of the published models, diffusers 0.42.1, transformers 5.23, open_clip 3.3.0.
+"""
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import clip_text
+import unet
+from clip_text import TextConfig, TextEncoder
+from folder import InputError, ModelConfig, check_names, open_safetensors, run_command, write_config
+from sampler import NoiseSchedule
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+# What single files are, since they carry no configuration.
+FAMILIES = {
+    "sd15": ModelConfig("sd15", "epsilon", 512, NoiseSchedule(), unet.CONFIGS["sd15"], VAEConfig(),
+                        clip_text.CONFIGS["vit-l"]),
+    "sd21": ModelConfig("sd21", "v", 768, NoiseSchedule(), unet.CONFIGS["sd21"], VAEConfig(),
+                        clip_text.CONFIGS["vit-h"]),
+    "sdxl": ModelConfig("sdxl", "epsilon", 1024, NoiseSchedule(spacing="leading"), unet.CONFIGS["sdxl"],
+                        VAEConfig(scaling=0.13025, force_upcast=True), clip_text.CONFIGS["vit-l-penultimate"],
+                        clip_text.CONFIGS["bigg"], zero_negative=True),
+}
+# What a checkpoint may hold and no model here reads.
+IGNORED = (
+    "model_ema.*",                                                           # averaged weights: see --ema
+    "betas", "*alphas_cumprod*", "posterior_*", "denoiser.sigmas",           # tables of the noise schedule
+    "scale_factor", "logvar", "first_stage_model.loss.*", "first_stage_model.model_ema.*",     # left from training
+    "*.position_ids", "*.attn_mask", "*logit_scale",                         # constants, a loss's temperature
+    "*text_projection", "*text_projection.weight",                           # where no pooled vector is used
+)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}      # as safetensors files call them
+
+
+class Stored(NamedTuple):
+    """A tensor of the source, not read yet."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+class Origin(NamedTuple):
+    """Where one of our tensors comes from: its name in the source, and the change it needs."""
+    key: str
+    transform: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `convert` did. Its text is what the command prints at the end."""
+    out_dir: Path
+    model: ModelConfig
+    counts: dict[str, Counter[str]]    # by component: how many "tensors", and of these "renamed", "transformed"
+    dropped: dict[str, str]            # what was left out, by name: the pattern that says so
+    unused_ema: bool                   # the file also holds averaged weights
+
+    def __str__(self) -> str:
+        lines = [f"{self.out_dir}: {self.model.family}, {self.model.prediction}, {self.model.size} pixels"]
+        lines += [f"{part:15} {n['tensors']:5} tensors, {n['renamed']:5} renamed, {n['transformed']:4} transformed"
+                  for part, n in self.counts.items()]
+        runs = Counter(self.dropped.values())
+        names = {f"{rule} ({runs[rule]})" if runs[rule] > 3 else name for name, rule in self.dropped.items()}
+        lines.append(f"dropped {len(self.dropped)}{': ' if names else ''}{', '.join(sorted(names))}")
+        lines.append("left 0")         # anything else has been an error
+        if self.unused_ema:
+            lines.append("note: these are the plain weights; the file also holds averaged ones, see --ema")
+        return "\n".join(lines)
+
+
+def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None = None, ema: bool = False,
+            tokenizer: str | Path | None = None, dtype: torch.dtype | None = None,
+            config: str | Path | None = None) -> Summary:
+    """Write the model folder out_dir from a Hugging Face folder or a single file; on an error leave nothing there.
+
+    prediction: "epsilon" or "v"; None: what the source's scheduler says (an SD 2.x file says nothing: InputError)
+    ema: take the averaged U-Net of a single file. dtype: of the written weights; None: as stored
+    tokenizer: a folder with vocab.json and merges.txt, or tokenizer.json; or bpe_simple_vocab_16e6.txt.gz;
+        None: the source's own. config: a Hugging Face folder whose config files to use instead of the source's
+    Raises InputError for everything that a person can get wrong.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise InputError(f"{out_dir} exists and isn't empty; remove it or choose another OUT_DIR")
+    configs = source if config is None else Path(config)
+    with contextlib.ExitStack() as stack:
+        if source.is_dir():
+            model = hf_config(configs, prediction)
+            parts = components(model)
+            stored, others = hf_weights(source, list(parts), stack)
+            layout = {part: (f"{part}/", {}) for part in parts}
+        else:
+            stored, others = read_weights(source, stack)
+            family = detect(stored, source)
+            model = family_config(family, prediction, source) if config is None else hf_config(configs, prediction)
+            if model.family != family:
+                raise InputError(f"{source} is {family}, but {config} describes {model.family}; give its configs")
+            parts = components(model)
+            layout = single_file_layout(model)
+
+        origins, dropped = plan(model, parts, layout, stored, ema, source)
+        own = (source if source.is_dir() else configs) / "tokenizer"
+        vocab, merges = read_vocabulary(own if tokenizer is None else Path(tokenizer))
+        model = with_pads(model, vocab, configs)
+
+        with new_folder(out_dir) as out:
+            for part, module in parts.items():
+                write_safetensors(out / f"{part}.safetensors", module, origins[part], stored, dtype)
+            build_tokenizer(vocab, merges).save(str(out / "tokenizer.json"))
+            write_config(out, model)
+    counts = {part: Counter(tensors=len(named), transformed=sum(o.transform is not None for o in named.values()),
+                            renamed=sum(o.key != layout[part][0] + name for name, o in named.items()))
+              for part, named in origins.items()}
+    unused_ema = not ema and sum(name.startswith("model_ema.") for name in stored) >= 100
+    return Summary(out_dir, model, counts, dropped | {name: name for name in others}, unused_ema)
+
+
+def components(model: ModelConfig) -> dict[str, nn.Module]:
+    """The model's parts on the meta device: their names and shapes are what must be written."""
+    try:
+        with torch.device("meta"):
+            parts = {"unet": UNet(model.unet), "vae": VAE(model.vae)}
+            parts["text_encoder"] = TextEncoder(model.text_encoder)
+            if model.text_encoder_2 is not None:
+                parts["text_encoder_2"] = TextEncoder(model.text_encoder_2)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"the config files describe no model that can be built ({error}); check them") from None
+    return parts
+
+
+def plan(model: ModelConfig, parts: dict[str, nn.Module], layout: dict[str, tuple[str, dict[str, str]]],
+         stored: dict[str, Stored], ema: bool, source: Path,
+         ) -> tuple[dict[str, dict[str, Origin]], dict[str, str]]:
+    """The origin of every tensor by component, and what is dropped by which pattern; InputError for misfits."""
+    origins = {part: {name: find(name, *layout[part], stored) for name in module.state_dict()}
+               for part, module in parts.items()}
+    ignored = list(IGNORED)
+    if layout["text_encoder"][0] == "cond_stage_model.model.":               # SD 2.x doesn't run the last layer
+        ignored.append(f"cond_stage_model.model.transformer.resblocks.{model.text_encoder.layers}.*")
+    if ema:
+        if not any(name.startswith("model_ema.diffusion_model") for name in stored):
+            raise InputError(f"{source} holds no averaged weights (model_ema.*); leave --ema out")
+        origins["unet"] = {name: Origin("model_ema." + origin.key.removeprefix("model.").replace(".", ""))
+                           for name, origin in origins["unet"].items()}
+        ignored.append("model.diffusion_model.*")
+    keys = {origin.key for named in origins.values() for origin in named.values()}
+    dropped = {name: rule for name in stored if name not in keys for rule in ignored if fnmatchcase(name, rule)}
+    for part, module in parts.items():
+        for name, tensor in module.state_dict().items():
+            if origins[part][name].key in stored:
+                check_tensor(origins[part][name], stored, tensor.shape, source)
+    check_names([name for name in stored if name not in dropped], sorted(keys), str(source))
+    return origins, dropped
+
+
+def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, source: Path) -> None:
+    """InputError unless the stored tensor holds floating point numbers and, transformed, gets the wanted shape."""
+    have = stored[origin.key]
+    if have.dtype not in DTYPES.values():
+        raise InputError(f"{source}: {origin.key} is not floating point; get a version that isn't quantised")
+    try:
+        result = torch.empty(have.shape, device="meta")
+        result = result if origin.transform is None else origin.transform(result)
+    except RuntimeError:
+        result = None
+    if result is None or result.shape != shape:
+        raise InputError(f"{source}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; if this "
+                         f"is a model with other widths, give its config files with --config")
+
+
+# ---- reading weights ----
+
+def read_weights(path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors of one file by name, and the names of its entries that are none. The stack closes the file."""
+    if not path.is_file():
+        raise InputError(f"there is no file or folder {path}; give a Hugging Face folder or a .safetensors file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, stack), []
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return read_pickle(path)
+    raise InputError(f"{path} is neither a folder nor a .safetensors or .ckpt file; give one of these")
+
+
+def read_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
+    with open_safetensors(path):                     # an InputError unless it is complete and well-formed
+        pass
+    # From here by hand: the library maps the file, and what was touched of a map counts as this program's memory.
+    file = stack.enter_context(path.open("rb"))
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+
+    def read(begin: int, end: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        data = bytearray(end - begin)
+        file.seek(8 + size + begin)
+        file.readinto(data)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+    stored = {}
+    for name, entry in header.items():
+        shape, dtype = entry["shape"], DTYPES.get(entry["dtype"], torch.uint8)
+        stored[name] = Stored(tuple(shape), dtype, partial(read, *entry["data_offsets"], dtype, shape))
+    return stored
+
+
+def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
+    """A file of torch.save. Pickles can run code, so what `weights_only` doesn't allow is never loaded."""
+    try:
+        data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:                       # a damaged pickle can raise anything
+        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
+        if refused:
+            raise InputError(f"{path} holds more than tensors ({refused[1]}); loading that could run code hidden "
+                             f"in the file, so it was not loaded; get this model as .safetensors") from None
+        raise InputError(f"{path} is not a complete PyTorch weights file ({type(error).__name__}); "
+                         f"download it again") from None
+    tensors = data.get("state_dict", data) if isinstance(data, dict) else {}
+    tensors = tensors if isinstance(tensors, dict) else {}
+    stored = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
+              for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if not stored:
+        raise InputError(f"{path} holds no tensors, so it isn't a model; give a checkpoint")
+    beside = [name for name in data if name != "state_dict"] if tensors is not data else []
+    return stored, [str(name) for name in [*beside, *tensors] if name not in stored]
+
+
+def hf_weights(folder: Path, parts: list[str], stack: contextlib.ExitStack) -> tuple[dict[str, Stored], list[str]]:
+    """All tensors of a Hugging Face folder, named "unet/conv_in.weight" and so on."""
+    stored, others = {}, []
+    for part in parts:
+        for path in weight_files(folder / part):
+            tensors, rest = read_weights(path, stack)
+            stored |= {f"{part}/{name}": tensor for name, tensor in tensors.items()}
+            others += [f"{part}/{name}" for name in rest]
+    return stored, others
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """One component's file, or its shards: safetensors before pickles, full precision before fp16."""
+    for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json",
+                   ".bin", ".bin.index.json", ".fp16.bin"):
+        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+            path = folder / (stem + ending)
+            if path.is_file() and path.suffix != ".json":
+                return [path]
+            if path.is_file():
+                with json_object(path) as index:
+                    shards = [folder / name for name in sorted(set(index["weight_map"].values()))]
+                for shard in shards:
+                    if not shard.is_file():
+                        raise InputError(f"{path} lists {shard.name}, which isn't there; download it too")
+                return shards
+    raise InputError(f"{folder} has no weights (diffusion_pytorch_model or model, as .safetensors, "
+                     f".fp16.safetensors or .bin); download them")
+
+
+# ---- what the source is ----
+
+def detect(stored: dict[str, Stored], source: Path) -> str:
+    """The family of a single file, from its names; InputError where it is something else."""
+    def has(text: str) -> bool:
+        return any(text in name for name in stored)
+
+    conv_in = stored.get("model.diffusion_model.input_blocks.0.0.weight")
+    if conv_in is None:
+        kinds = {"lora": "a LoRA", "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux",
+                 "control_model.": "a ControlNet", "decoder.": "an autoencoder alone",
+                 "text_model.": "a text encoder alone",
+                 "down_blocks.": "one part of a Hugging Face folder: give the folder"}
+        first = next(iter(stored), "absent")
+        kind = next((kind for text, kind in kinds.items() if has(text)), f"its first tensor is {first}")
+        raise InputError(f"{source} is not a whole SD 1.x, 2.x or SDXL model in the original layout ({kind})")
+    check_inputs(conv_in.shape[1] if len(conv_in.shape) == 4 else 4, source)
+    if has("conditioner.embedders.0.model.") and not has("conditioner.embedders.1."):
+        raise InputError(f"{source} is the SDXL refiner, which isn't supported; give the SDXL base model")
+    for text, family in {"conditioner.embedders.1.": "sdxl", "cond_stage_model.model.": "sd21",
+                         "cond_stage_model.transformer.": "sd15"}.items():
+        if has(text):
+            return family
+    raise InputError(f"{source} has no text encoder (cond_stage_model.* or conditioner.*); get the complete model")
+
+
+def check_inputs(channels: int, where: Path) -> None:
+    kinds = {5: "a depth-to-image model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
+    if channels in kinds:
+        raise InputError(f"{where} is of {kinds[channels]} ({channels} input channels), which isn't supported; "
+                         f"give a text-to-image model")
+
+
+def family_config(family: str, prediction: str | None, source: Path) -> ModelConfig:
+    if family == "sd21" and prediction is None:
+        raise InputError(f"{source} is of the SD 2.x family, whose weights don't tell what the U-Net predicts; "
+                         f"pass --prediction v (768-pixel models) or --prediction epsilon (512-pixel base models)")
+    model = replace(FAMILIES[family], prediction=prediction or FAMILIES[family].prediction)
+    return replace(model, size=512) if (family, prediction) == ("sd21", "epsilon") else model
+
+
+@contextlib.contextmanager
+def json_object(path: Path) -> Iterator[dict[str, Any]]:
+    """A JSON file while the block reads it; entries that are absent or of the wrong kind become an InputError."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}; get the complete Hugging Face folder") from None
+    except KeyError as error:
+        raise InputError(f"{path} lacks the entry {error}; download it again") from None
+    except (AttributeError, IndexError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path} can't be read as a config file ({error}); download it again") from None
+
+
+def require(path: Path, data: dict[str, Any], **wanted: Any) -> None:
+    """InputError where a config says something that our modules don't do. An absent entry is as wanted."""
+    for name, value in wanted.items():
+        if data.get(name, value) != value:
+            raise InputError(f"{path}: {name} is {data[name]!r}, only {value!r} is supported; use another model")
+
+
+def hf_config(folder: Path, prediction: str | None) -> ModelConfig:
+    """The config files of a Hugging Face folder as ours. The pad ids stay the family's: see `with_pads`."""
+    if not (folder / "unet").is_dir():
+        transformer = (folder / "transformer").is_dir()
+        has = "a transformer (Stable Diffusion 3, Flux)" if transformer else "no folder unet"
+        raise InputError(f"{folder} has {has}; give the Hugging Face folder of an SD 1.x, 2.x or SDXL model")
+    unet, latents = hf_unet(folder / "unet" / "config.json")
+    vae = hf_vae(folder / "vae" / "config.json")
+    family = "sdxl" if unet.add_dim else "sd21" if unet.linear_proj else "sd15"
+    usual, second, zeros = FAMILIES[family], None, False
+    if family == "sdxl":
+        if not (folder / "text_encoder").is_dir() or not (folder / "text_encoder_2").is_dir():
+            raise InputError(f"{folder} is the SDXL refiner (one of SDXL's two text encoders isn't there), which "
+                             f"isn't supported; give the SDXL base model")
+        second = hf_text(folder / "text_encoder_2" / "config.json", usual.text_encoder_2)
+        with json_object(folder / "model_index.json") as data:
+            zeros = bool(data.get("force_zeros_for_empty_prompt", True))
+        if unet.add_dim != second.projection + 6 * unet.add_time_dim:
+            raise InputError(f"{folder}: the U-Net's added condition is {unet.add_dim} wide, not SDXL's pooled "
+                             f"text and six sizes ({second.projection} + 6 * {unet.add_time_dim})")
+    text = hf_text(folder / "text_encoder" / "config.json", usual.text_encoder)
+    schedule, stated = hf_schedule(folder / "scheduler" / "scheduler_config.json")
+    size = latents * vae.factor if isinstance(latents, int) else usual.size
+    return ModelConfig(family, prediction or stated, size, schedule, unet, vae, text, second, zeros)
+
+
+def hf_unet(path: Path) -> tuple[UNetConfig, int | None]:
+    """unet/config.json, and the native latent size that stands there too."""
+    with json_object(path) as data:
+        check_inputs(data["in_channels"], path)
+        channels, kinds = data["block_out_channels"], data["down_block_types"]
+        added = data.get("addition_embed_type")
+        require(path, data, act_fn="silu", attention_type="default", center_input_sample=False, conv_in_kernel=3,
+                class_embed_type=None, conv_out_kernel=3, cross_attention_norm=None, downsample_padding=1,
+                dual_cross_attention=False, encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True,
+                freq_shift=0, mid_block_only_cross_attention=None, mid_block_scale_factor=1, norm_eps=1e-5,
+                mid_block_type="UNetMidBlock2DCrossAttn", num_attention_heads=None, num_class_embeds=None,
+                only_cross_attention=False, out_channels=data["in_channels"], resnet_out_scale_factor=1.0,
+                resnet_skip_time_act=False, resnet_time_scale_shift="default", time_cond_proj_dim=None,
+                reverse_transformer_layers_per_block=None, time_embedding_act_fn=None, time_embedding_dim=None,
+                time_embedding_type="positional", timestep_post_act=None,
+                addition_embed_type=added and "text_time",
+                up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)])
+        attends = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}[kind] for kind in kinds]
+        # "attention_head_dim" is the number of heads: a misnomer that all published files have kept
+        depth, heads = (tuple(value) if isinstance(value, list) else (value,) * len(channels) for value in
+                        (data.get("transformer_layers_per_block", 1), data["attention_head_dim"]))
+        config = UNetConfig(
+            data["in_channels"], tuple(channels), data["layers_per_block"],
+            tuple(n if attend else 0 for n, attend in zip(depth, attends, strict=True)), depth[-1], heads,
+            data["cross_attention_dim"], bool(data.get("use_linear_projection")),
+            bool(data.get("upcast_attention")), groups=data.get("norm_num_groups", 32))
+        if added:
+            config = replace(config, add_dim=data["projection_class_embeddings_input_dim"],
+                             add_time_dim=data["addition_time_embed_dim"])
+        return config, data.get("sample_size")
+
+
+def hf_vae(path: Path) -> VAEConfig:
+    with json_object(path) as data:
+        levels = len(data["block_out_channels"])
+        require(path, data, act_fn="silu", in_channels=3, out_channels=3, mid_block_add_attention=True,
+                down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+                use_quant_conv=True, use_post_quant_conv=True, shift_factor=None, latents_mean=None,
+                latents_std=None)
+        return VAEConfig(tuple(data["block_out_channels"]), data["layers_per_block"], data["latent_channels"],
+                         data.get("norm_num_groups", 32), data.get("scaling_factor", VAEConfig.scaling),
+                         bool(data.get("force_upcast", False)))
+
+
+def hf_text(path: Path, usual: TextConfig) -> TextConfig:
+    """text_encoder/config.json. What the U-Net reads of the encoder isn't written there: as `usual` has it."""
+    with json_object(path) as data:
+        gelu = "gelu" if data["hidden_act"] == "gelu" else "quick_gelu"
+        require(path, data, model_type="clip_text_model", layer_norm_eps=1e-5, hidden_act=gelu)
+        return TextConfig(data["vocab_size"], data["max_position_embeddings"], data["hidden_size"],
+                          data["num_hidden_layers"], data["num_attention_heads"], data["intermediate_size"], gelu,
+                          usual.output, data["projection_dim"] if usual.projection else None, usual.pad)
+
+
+def hf_schedule(path: Path) -> tuple[NoiseSchedule, str]:
+    """The scheduler's config, and what the U-Net predicts. Absent entries are as in diffusers' DDIMScheduler."""
+    with json_object(path) as data:
+        require(path, data, beta_schedule="scaled_linear", trained_betas=None, rescale_betas_zero_snr=False)
+        stated = data.get("prediction_type", "epsilon")
+        if stated != "v_prediction":
+            require(path, data, prediction_type="epsilon")
+        schedule = NoiseSchedule(data["beta_start"], data["beta_end"], data["num_train_timesteps"],
+                                 data.get("steps_offset", 0), data.get("set_alpha_to_one", True),
+                                 data.get("timestep_spacing"))
+        return schedule, stated.removesuffix("_prediction")
+
+
+# ---- where each tensor comes from ----
+
+def find(name: str, prefix: str, names: dict[str, str], stored: dict[str, Stored]) -> Origin:
+    """The origin of our tensor `name` in a component whose names begin with `prefix` and differ by `names`."""
+    head, rest = name, ""
+    while head and head not in names:                # the longest part of the name that the table knows
+        head, _, last = head.rpartition(".")
+        rest = f".{last}{rest}"
+    key = names[head] + rest if head else name
+    old = key                                        # autoencoders saved before diffusers 0.18
+    for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        old = old.replace(f".{ours}.", f".{theirs}.")
+    bare = key.removeprefix("text_model.")           # text encoders saved by transformers 5.6 and later
+    key = next((prefix + k for k in (key, old, bare) if prefix + k in stored), prefix + key)
+    if ".attn.in_proj_" in key:                      # OpenCLIP holds queries, keys and values in one tensor
+        return Origin(key, partial(third, "qkv".index(name.split(".self_attn.")[1][0])))
+    if key.endswith(".text_projection"):             # used as x @ text_projection there
+        return Origin(key, torch.t)
+    if name.startswith(("encoder.mid_block.attentions.", "decoder.mid_block.attentions.")):
+        if key in stored and len(stored[key].shape) > 2:                     # a 1x1 convolution: linear here
+            return Origin(key, partial(torch.flatten, start_dim=1))
+    return Origin(key)
+
+
+def third(i: int, x: Tensor) -> Tensor:
+    return x.tensor_split(3)[i]
+
+
+def single_file_layout(model: ModelConfig) -> dict[str, tuple[str, dict[str, str]]]:
+    """By component: what its names begin with in the original layout, and our modules' names there."""
+    layout = {"unet": ("model.diffusion_model.", unet_names(model.unet)),
+              "vae": ("first_stage_model.", vae_names(model.vae))}
+    if model.family == "sd15":
+        layout["text_encoder"] = ("cond_stage_model.transformer.", {})
+    if model.family == "sd21":
+        layout["text_encoder"] = ("cond_stage_model.model.", openclip_names(model.text_encoder))
+    if model.family == "sdxl":
+        layout["text_encoder"] = ("conditioner.embedders.0.transformer.", {})
+        layout["text_encoder_2"] = ("conditioner.embedders.1.model.", openclip_names(model.text_encoder_2))
+    return layout
+
+
+def unet_names(config: UNetConfig) -> dict[str, str]:
+    """Our modules: the original code's, which counts all layers on the way down (and up) in one row."""
+    names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+             "conv_in": "input_blocks.0.0", "mid_block.attentions.0": "middle_block.1",
+             "conv_norm_out": "out.0", "conv_out": "out.2"}
+    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    row = config.layers + 1
+    for i in range(len(config.channels)):
+        for j in range(config.layers):
+            resnets[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * row + j}.0"
+            names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * row + j}.1"
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * row}.0.op"
+        for j in range(row):
+            resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * row + j}.0"
+            names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * row + j}.1"
+        place = 2 if config.depth[-1 - i] else 1     # behind the attention, where the level has one
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * row + config.layers}.{place}.conv"
+    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    return names | {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in resnets.items() for a, b in inside.items()}
+
+
+def vae_names(config: VAEConfig) -> dict[str, str]:
+    """Our modules: the original code's, which counts the decoder's levels from the image side."""
+    names, resnets = {}, {}
+    for i in range(len(config.channels)):
+        down, up = f"encoder.down.{i}", f"decoder.up.{len(config.channels) - 1 - i}"
+        for j in range(config.layers + 1):
+            resnets |= {f"encoder.down_blocks.{i}.resnets.{j}": f"{down}.block.{j}",
+                        f"decoder.up_blocks.{i}.resnets.{j}": f"{up}.block.{j}"}
+        names |= {f"encoder.down_blocks.{i}.downsamplers.0": f"{down}.downsample",
+                  f"decoder.up_blocks.{i}.upsamplers.0": f"{up}.upsample"}
+    for half in ("encoder", "decoder"):
+        resnets |= {f"{half}.mid_block.resnets.0": f"{half}.mid.block_1",
+                    f"{half}.mid_block.resnets.1": f"{half}.mid.block_2"}
+        inside = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+        names |= {f"{half}.mid_block.attentions.0.{a}": f"{half}.mid.attn_1.{b}" for a, b in inside.items()}
+        names[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+    shortcuts = {f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut" for ours, theirs in resnets.items()}
+    return names | resnets | shortcuts
+
+
+def openclip_names(config: TextConfig) -> dict[str, str]:
+    """Our modules: OpenCLIP's. The tensors that differ by more than a name are dealt with in `find`."""
+    names = {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
+             "text_model.embeddings.position_embedding.weight": "positional_embedding",
+             "text_projection.weight": "text_projection"}
+    inside = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+              "self_attn.out_proj": "attn.out_proj"}
+    inside |= {f"self_attn.{x}_proj.{kind}": f"attn.in_proj_{kind}" for x in "qkv" for kind in ("weight", "bias")}
+    return names | {f"text_model.encoder.layers.{n}.{a}": f"transformer.resblocks.{n}.{b}"
+                    for n in range(config.layers) for a, b in inside.items()}
+
+
+# ---- the tokenizer ----
+
+def read_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges: of a tokenizer folder, or of OpenAI's file, which implies the tokens by its merges."""
+    if path.is_file():
+        vocab, merges = openai_vocabulary(path)
+    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        with json_object(path / "vocab.json") as data:
+            vocab = dict(data)
+        lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    elif (path / "tokenizer.json").is_file():
+        with json_object(path / "tokenizer.json") as data:
+            vocab = dict(data["model"]["vocab"])
+            merges = [tuple(m.split() if isinstance(m, str) else m) for m in data["model"]["merges"]]
+    else:
+        raise InputError(f"there is no tokenizer {path}; pass --tokenizer: a folder with vocab.json and "
+                         f"merges.txt (any Stable Diffusion folder has them), or bpe_simple_vocab_16e6.txt.gz")
+    fits = all(len(m) == 2 and {*m, "".join(m)} <= vocab.keys() for m in merges)
+    if not fits or "<|startoftext|>" not in vocab or vocab.get("<|endoftext|>") != len(vocab) - 1:
+        raise InputError(f"{path} is not CLIP's tokenizer (merges that don't fit the vocabulary, or which doesn't "
+                         f"end with <|endoftext|>); give the model's own")
+    return vocab, merges
+
+
+def openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """256 bytes, the same at the end of a word, the first 48,894 merges of the file, and two special tokens."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path} isn't a sound bpe_simple_vocab_16e6.txt.gz ({error}); get it again") from None
+    merges = [tuple(line.split()) for line in lines[1:48_895]]               # the first line is a version
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]     # bytes shown as they are; others last
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges),
+              "<|startoftext|>", "<|endoftext|>"]
+    return {token: id for id, token in enumerate(tokens)}, merges
+
+
+def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer. "!" is a token like any other, as in OpenCLIP.
+
+    Where the published tokenizer pads with "!" (SD 2.x, SDXL's second), transformers reads every "!" as padding.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", fuse_unk=False))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return tokenizer
+
+
+def with_pads(model: ModelConfig, vocab: dict[str, int], folder: Path) -> ModelConfig:
+    """The pad id of each text encoder. Where SD 2.1's two tokenizer files differ, the special tokens win."""
+    for part, place in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        text, token = getattr(model, part), None
+        if text is None:
+            continue
+        if text.vocab != len(vocab):
+            raise InputError(f"the tokenizer has {len(vocab)} tokens, but {part} {text.vocab}; pass the model's "
+                             f"own --tokenizer")
+        pad = vocab["<|endoftext|>"] if text.pad else 0
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / place / name).is_file():
+                with json_object(folder / place / name) as data:
+                    token = data.get("pad_token") or token
+                    pad = pad if token is None else vocab[token["content"] if isinstance(token, dict) else token]
+        model = replace(model, **{part: replace(text, pad=pad)})
+    return model
+
+
+# ---- writing ----
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which becomes `path` only if the block ends without an error."""
+    part = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.is_dir():
+            path.rmdir()                             # it is empty, and some systems don't rename onto a folder
+        part.rename(path)
+    except OSError as error:
+        raise InputError(f"can't write {path} ({error.strerror or error}); choose another OUT_DIR") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_safetensors(path: Path, module: nn.Module, origins: dict[str, Origin], stored: dict[str, Stored],
+                      dtype: torch.dtype | None) -> None:
+    """One component: the header first, from what is known without reading, then tensor after tensor."""
+    dtypes = {name: dtype or stored[origin.key].dtype for name, origin in origins.items()}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    names = sorted(origins, key=lambda name: (-dtypes[name].itemsize, name))     # widest first keeps all aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        begin, end = end, end + shapes[name].numel() * dtypes[name].itemsize
+        header[name] = {"dtype": codes[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in tqdm(names, desc=path.stem, unit=" tensors", disable=None):
+            tensor, transform = stored[origins[name].key].read(), origins[name].transform
+            tensor = (tensor if transform is None else transform(tensor)).to(dtypes[name]).contiguous()
+            file.write(tensor.view(torch.uint8).numpy())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
+                                     "Convert a Stable Diffusion checkpoint to the folder that txt2img.py loads.")
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="Hugging Face folder, .safetensors or .ckpt file")
+    add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write; new, or empty")
+    add("--prediction", choices=["epsilon", "v"],
+        help="what the U-Net predicts; SD 2.x files need it (768-pixel models: v, 512-pixel base models: epsilon)")
+    add("--ema", action="store_true", help="take the averaged U-Net of a single file")
+    add("--tokenizer", type=Path,
+        help="single files need it: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights; None: as stored")
+    add("--config", type=Path, help="a Hugging Face folder whose config files to use instead of the source's")
+    args = parser.parse_args()
+    print(convert(args.source, args.out_dir, prediction=args.prediction, ema=args.ema, tokenizer=args.tokenizer,
+                  dtype=args.dtype and getattr(torch, args.dtype), config=args.config))
+
+
+if __name__ == "__main__":
+    run_command(main)
