@@ -110,10 +110,9 @@ def check_names(have: list[str], wanted: list[str], where: str) -> None:
     missing, unknown = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
     if unknown:
         raise InputError(f"{where} has {len(unknown)} tensors that this model doesn't know, the first is "
-                         f"{unknown[0]}{nearest(unknown[0], wanted)}")
+                         f"{unknown[0]}{nearest(unknown[0], missing or wanted)}")
     if missing:
-        raise InputError(f"{where} lacks {len(missing)} tensors of this model, the first is "
-                         f"{missing[0]}{nearest(missing[0], have)}")
+        raise InputError(f"{where} lacks {len(missing)} tensors of this model, the first is {missing[0]}")
 
 
 def nearest(name: str, known: list[str]) -> str:

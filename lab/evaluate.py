@@ -1,4 +1,4 @@
-"""How often a model draws what was asked: prompts of the drawn world, pictures by the model, verdicts by the exact scorer.
+"""How often a model draws what was asked: prompts of the drawn world, its pictures, the exact scorer's verdicts.
 
     python -m lab.evaluate --n 200                      # single objects with a colour, the tiny model
     python -m lab.evaluate --kind position --sheet positions.png
