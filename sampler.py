@@ -11,10 +11,14 @@ arXiv 2207.12598. Checked against diffusers 0.42.1, whose times, betas and last 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from freeu import FreeU
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a")
 
@@ -142,8 +146,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              steps: int = 30, sampler: str = "ddim", cfg_scale: float = 7.5, prediction: str = "epsilon",
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
-             schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
-             ) -> Iterator[tuple[int, Tensor]]:
+             freeu: "FreeU | None" = None, schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None,
+             strength: float = 1.0) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
     unet: a `UNet`, or any function (x, t, context, added) -> prediction.
@@ -154,16 +158,19 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     prediction: what the U-Net predicts, "epsilon" or "v". added, negative_added: SDXL's added conditions (B, add_dim).
     eta: 0 is DDIM, 1 as much noise as DDPM; for "ddim" and the "euler" samplers ("euler-a" is "euler" with eta 1).
     generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
+    freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
     p = plan(sampler, steps, schedule, spacing)
     if prediction not in ("epsilon", "v"):
         raise ValueError(f"prediction is 'epsilon' or 'v', not {prediction!r}")
     eta = 1.0 if sampler == "euler-a" else eta
-    if eta > 0 and generators is None:
-        raise ValueError(f"{sampler} with eta {eta:g} draws noise at every step: pass generators, one per image")
     if eta > 0 and sampler.startswith("dpm"):
         raise ValueError(f"{sampler} is deterministic: leave eta at 0, or use ddim or euler-a")
+    if eta > 0 and generators is None:
+        raise ValueError(f"{sampler} with eta {eta:g} draws noise at every step: pass generators, one per image")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be between 0 and 1, not {strength:g}")
     step = dpm_solver(p) if sampler.startswith("dpm") else ddim(p, eta, lambda: draw_noise(generators, noise))
 
     start = 0 if init is None else steps - int(steps * strength)
@@ -183,8 +190,11 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         text, shifts = unet.embed_text(context), unet.embed_schedule(times, added)
 
     for i in range(start, steps):
+        techniques = {}                                                # what acts at this step; nothing by default
+        if freeu is not None and (now := freeu.at(i / steps)) is not None:
+            techniques["freeu"] = now
         x_in = x.to(model_dtype)
-        out = unet(torch.cat([x_in, x_in]) if guided else x_in, shifts[i], text, added).to(x.dtype)
+        out = unet(torch.cat([x_in, x_in]) if guided else x_in, shifts[i], text, added, **techniques).to(x.dtype)
         if guided:
             negative, positive = out.chunk(2)
             out = negative + cfg_scale * (positive - negative)

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ except ImportError:
 
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, load_weights, read_config, replacing, run_command
+from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -115,15 +117,17 @@ class StableDiffusion:
     @torch.no_grad()
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
-               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, init: Tensor | None = None,
-               strength: float = 0.8, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, freeu: FreeU | None = None,
+               init: Tensor | None = None, strength: float = 0.8,
+               callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32.
 
         prompt: one text or a list of B; or embeddings: context (B, L, D), for SDXL with the pooled vector (B, P).
         negative_prompt: likewise, one for all or B. None: what the model's authors do without one ("", SDXL: zeros).
         seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
-        height, width: pixels, multiples of 8; None: the model's native size. noise: (B, 4, h, w), unit variance, in
-        place of the seeds' first draw. init: latents to start from (see `encode`); `strength` (0..1) of it is redrawn.
+        height, width: pixels, multiples of 8; None: the model's native size.
+        noise: (B, 4, h, w), unit variance, in place of the seeds' first draw.
+        init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
         callback(step, latents) is called after each step. Other arguments: see `sampler.generate`.
         """
         factor = self.config.vae.factor
@@ -145,7 +149,8 @@ class StableDiffusion:
         latents = noise
         for i, latents in generate(
                 self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, self.config.schedule, init, strength):
+                added, negative_added, spacing, eta, generators, freeu, schedule=self.config.schedule, init=init,
+                strength=strength):
             if callback is not None:
                 callback(i, latents)
         if not latents.isfinite().all():
@@ -224,7 +229,8 @@ def save_grid(paths: list[Path], path: Path) -> None:
         sheet.save(part, format="PNG")
 
 
-def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: int, width: int) -> str:
+def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: int, width: int,
+                    freeu: FreeU | None) -> str:
     """The settings in the format that A1111's web UI began and most tools read."""
     solver = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a"}
     pairs = {"Steps": args.steps, "Sampler": solver[args.sampler.removesuffix("-karras")],
@@ -234,6 +240,10 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["Eta"] = f"{args.eta:g}"
     if args.init_image:
         pairs["Denoising strength"] = f"{args.strength:g}"
+    if freeu is not None:
+        pairs["FreeU"] = f"{freeu.b1:g} {freeu.b2:g} {freeu.s1:g} {freeu.s2:g} version {freeu.version}"
+    if args.skip_tuning or args.scale_long is not None:
+        pairs["Skip scale"] = f"linear {args.skip_tuning}".replace(",", " ") if args.skip_tuning else args.scale_long
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
     return f"{prompt}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in {**pairs, "RNG": "CPU"}.items())
 
@@ -264,8 +274,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae-tile", type=int, help="side of VAE tiles in latent pixels, 0: none (default: by size)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 elsewhere")
+    group = parser.add_argument_group("FreeU and skip scaling (freeu.py)")
+    group.add_argument("--freeu", nargs="?", const="preset", metavar="B1,B2,S1,S2",
+                       help="four factors, or nothing for the published ones of the model's family")
+    group.add_argument("--freeu-version", type=int, default=2, help="2: the paper's; 1: constant factors")
+    group.add_argument("--freeu-rule", default="channels", help="channels: the authors' layers; level: diffusers'")
+    group.add_argument("--freeu-window", default="2x2", help="of the skip filter: 2x2 as released, dc as in the paper")
+    group.add_argument("--freeu-backbone", default="0:1", metavar="FROM:TO", help="part of the steps in which b acts")
+    group.add_argument("--freeu-skip", default="0:1", metavar="FROM:TO", help="part of the steps in which s acts")
+    group.add_argument("--skip-tuning", metavar="BOTTOM[,TOP]", help="scale skips, linearly by depth (TOP is 1)")
+    group.add_argument("--scale-long", type=float, metavar="KAPPA", help="scale skips by powers of KAPPA by depth")
     args = parser.parse_args()
 
+    read_freeu(args, "tiny")
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -295,6 +316,39 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--device {args.device} can't be used here ({str(error).splitlines()[0]})") from None
     args.dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "float16")]
     return args
+
+
+def read_freeu(args: argparse.Namespace, family: str) -> FreeU | None:
+    """The FreeU object that the flags ask for, with the family's preset where they give no factors."""
+    def numbers(flag: str, text: str, separator: str, counts: tuple[int, ...]) -> list[float]:
+        try:
+            values = [float(part) for part in text.split(separator)]
+        except ValueError:
+            values = []
+        if len(values) not in counts:
+            raise InputError(f"{flag} takes {' or '.join(map(str, counts))} numbers separated by {separator!r}, not "
+                             f"{text!r}; the prompt goes before it")
+        return values
+
+    try:
+        skip_scale = None
+        if args.skip_tuning is not None and args.scale_long is not None:
+            raise InputError("--skip-tuning and --scale-long both scale every skip; give one of them")
+        if args.skip_tuning is not None:
+            skip_scale = skip_tuning(*numbers("--skip-tuning", args.skip_tuning, ",", (1, 2)))
+        if args.scale_long is not None:
+            skip_scale = scale_long(args.scale_long)
+        factors = (1.0, 1.0, 1.0, 1.0)
+        if args.freeu not in (None, "preset"):
+            factors = numbers("--freeu", args.freeu, ",", (4,))
+        freeu = FreeU(*factors, args.freeu_version, args.freeu_rule, args.freeu_window,
+                      backbone=tuple(numbers("--freeu-backbone", args.freeu_backbone, ":", (2,))),
+                      skip=tuple(numbers("--freeu-skip", args.freeu_skip, ":", (2,))), skip_scale=skip_scale)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if args.freeu == "preset":
+        freeu = replace(freeu, **dict(zip(("b1", "b2", "s1", "s2"), PRESETS[args.freeu_version][family])))
+    return None if args.freeu is None and skip_scale is None else freeu
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -354,6 +408,7 @@ def main() -> None:
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
+        freeu = read_freeu(args, sd.config.family)
         init = None if init_image is None else sd.encode(init_image.to(sd.device), args.vae_tile)
         height, width = init_image.shape[-2:] if args.init_image else (args.height or sd.config.size,
                                                                        args.width or sd.config.size)
@@ -363,14 +418,15 @@ def main() -> None:
         with tqdm(total=args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
                   disable=rank > 0) as bar:
             latents = sd.sample(
-                [prompts[k] for k in batch], args.negative_prompt, args.steps, args.sampler, args.cfg_scale,
-                [args.seed + k for k in batch], height, width, None, args.eta, args.spacing,
-                None if init is None else init.expand(len(batch), -1, -1, -1), args.strength,
-                lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
+                [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
+                cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], height=height, width=width, eta=args.eta,
+                spacing=args.spacing, freeu=freeu, strength=args.strength,
+                init=None if init is None else init.expand(len(batch), -1, -1, -1),
+                callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)
         for k, image in zip(batch, images):
-            save_png(image, paths[k], parameters_text(args, prompts[k], args.seed + k, height, width))
+            save_png(image, paths[k], parameters_text(args, prompts[k], args.seed + k, height, width, freeu))
             memory = f"peak memory {peak_memory(sd.device):.2f} GB"
             print(f"{paths[k]}  seed {args.seed + k}  {seconds:.1f} s  {memory}", flush=True)
     if len(todo) < len(range(rank, len(prompts), world)):

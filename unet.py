@@ -9,11 +9,14 @@ Checked against diffusers 0.42.1 (UNet2DConditionModel). Parameter names are tho
 """
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
+    from freeu import FreeU
 
 
 @dataclass(frozen=True)
@@ -264,17 +267,19 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
+                freeu: "FreeU | None" = None) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
         context: text embeddings (B, L, D); or what `embed_text` made of them.
         added: SDXL's pooled text and image sizes (B, add_dim); None for the other models.
+        freeu: factors on backbone and skips, see `freeu.py`; None: the plain network.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
         h, skips = self.encode(x, shifts, text)
-        return self.decode(h, skips, shifts, text)
+        return self.decode(h, skips, shifts, text, freeu)
 
     def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit) -> tuple[Tensor, list[Tensor]]:
         """conv_in, the down units and the middle -> the middle's output and the skips, largest map first."""
@@ -295,12 +300,15 @@ class UNet(nn.Module):
         h = resnet_2(h, shifts.mid[1])
         return h, skips
 
-    def decode(self, h: Tensor, skips: list[Tensor], shifts: PerUnit, text: PerUnit) -> Tensor:
+    def decode(self, h: Tensor, skips: list[Tensor], shifts: PerUnit, text: PerUnit,
+               freeu: "FreeU | None" = None) -> Tensor:
         """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
         skips = skips[::-1]
         for i, (unit, shift, keys_values) in enumerate(zip(self.up_units(), shifts.up, text.up, strict=True)):
-            h = torch.cat([h, skips[i]], dim=1)
-            h = unit.resnet(h, shift)
+            skip = skips[i]
+            if freeu is not None:
+                h, skip = freeu(h, skip, i, self.config)
+            h = unit.resnet(torch.cat([h, skip], dim=1), shift)
             if unit.attention is not None:
                 h = unit.attention(h, keys_values)
             if unit.resample is not None:

@@ -153,7 +153,7 @@ def test_lost_words_are_reported_by_name(narrow):
         sd.encode_prompt(["a red circle a blue circle"])
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 def test_one_command_writes_a_png_with_its_settings_inside(narrow, tmp_path, command):
     out = tmp_path / "new" / "p.png"
@@ -218,7 +218,8 @@ def test_img2img_starts_from_a_picture_and_strength_zero_returns_it(narrow, tmp_
 
 def test_the_help_shows_every_default(command):
     code, stdout, _ = command("--help")
-    assert code == 0 and all(text in stdout for text in ("(default: 30)", "(default: 7.5)", "(default: ddim)", "models/tiny"))
+    assert code == 0
+    assert all(text in stdout for text in ("(default: 30)", "(default: 7.5)", "(default: ddim)", "models/tiny"))
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -324,7 +325,8 @@ def test_running_out_of_memory_names_the_flags_that_help(narrow, tmp_path, comma
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(txt2img, "generate", full)
     code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png")
-    assert code == 2 and all(flag in stderr for flag in ("--dtype", "--width", "--vae-tile")) and "Traceback" not in stderr
+    assert code == 2 and "Traceback" not in stderr
+    assert all(flag in stderr for flag in ("--dtype", "--width", "--vae-tile"))
 
 
 def test_stopping_a_batch_keeps_the_finished_files_and_nothing_half_written(narrow, tmp_path, command, monkeypatch):
@@ -350,3 +352,32 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_config_json_round_trips(narrow):
     config = folder.read_config(narrow)
     assert asdict(config) == asdict(folder.read_config(narrow)) and config.unet.channels == (8, 16)
+
+
+# -------------------------------------------------------------------------------------------------- techniques as flags
+
+def test_freeu_flags_change_the_picture_and_are_written_into_it(narrow, tmp_path, command):
+    def run(*flags):
+        code, _, stderr = command("a circle", "--model", narrow, "--steps", 2, "--out", tmp_path / "p.png", *flags)
+        assert code == 0, stderr
+        return pixels(tmp_path / "p.png"), Image.open(tmp_path / "p.png").text["parameters"]
+    plain, text = run()
+    assert "FreeU" not in text and np.array_equal(run("--freeu", "1,1,1,1")[0], plain)
+    for flags, words in ((["--freeu"], "FreeU: 1.3 1.4 0.9 0.2 version 2"),
+                         (["--freeu", "2,3,0,0.5", "--freeu-version", "1", "--freeu-backbone", "0:0.6", "--freeu-skip",
+                           "0.4:1"], "FreeU: 2 3 0 0.5 version 1"),
+                         (["--skip-tuning", "0.5"], "Skip scale: linear 0.5"),
+                         (["--scale-long", "0.7"], "Skip scale: 0.7")):
+        picture, text = run(*flags)
+        assert words in text and not np.array_equal(picture, plain)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--freeu", "1,2,3"], "--freeu takes 4 numbers"), (["--freeu", "a red circle"], "the prompt goes before it"),
+    (["--freeu", "1,2,-3,1"], "s1"), (["--freeu", "--freeu-version", "3"], "version"),
+    (["--freeu", "--freeu-rule", "blocks"], "channels or level"), (["--freeu", "--freeu-backbone", "0.5"], "2 numbers"),
+    (["--freeu", "--freeu-skip", "0.5:2"], "0..1"), (["--skip-tuning", "x"], "--skip-tuning takes 1 or 2 numbers"),
+    (["--scale-long", "0.9", "--skip-tuning", "0.9"], "give one of them")])
+def test_bad_freeu_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
+    assert code == 2 and words in stderr and stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

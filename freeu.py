@@ -1,0 +1,163 @@
+"""FreeU: factors on the two maps that meet in a decoder layer, the backbone and the skip. No training, no extra pass.
+
+Start at `FreeU.__call__`, which `UNet.decode` calls before each concatenation: half of the backbone's channels are
+amplified by b, which denoises; the lowest frequencies of the skip are damped by s, which brings back detail. Here too,
+as one factor per skip: Skip-Tuning and ScaleLong's constant scaling.
+Shapes: B batch, C channels, H W pixels of the maps.
+Sources: FreeU, arXiv 2309.11497; Skip-Tuning, arXiv 2402.15170; ScaleLong, arXiv 2310.13545. Checked against the
+authors' README code (version 2), their demo code (version 1), and diffusers 0.42.1 (version 1 with rule "level").
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Shape(Protocol):
+    """What is asked of a U-Net's config: channels by level, and ResBlocks per level on the way down."""
+    channels: tuple[int, ...]
+    layers: int
+
+
+@dataclass(frozen=True)
+class FreeU:
+    """Factors for deep decoder layers (b1, s1) and for those behind them (b2, s2). 1 is neutral; 0 is a factor too.
+
+    version: 2, the paper's: b acts where the map is strong (eq. 2 to 4); 1, the first release's: b acts everywhere.
+    rule: "channels", the authors' code: (b1, s1) where the backbone has 4 times the U-Net's base width, (b2, s2) where
+        it has 2 times; "level", diffusers: (b1, s1) on the first decoder level, (b2, s2) on the second. They differ in
+        7 of SD 1.5's 12 layers: the first layer of a level still has the channels of the level before, for one.
+    window: "2x2", the code behind the published images: bins -threshold to threshold - 1 along both axes, so lopsided;
+        "dc", the paper's letter at a radius below 1: the mean alone.
+    backbone, skip: the fraction of the steps from which and up to which b acts, and what acts on the skip.
+    skip_scale: a factor for the whole skip by (layer, number of layers); see `skip_tuning` and `scale_long`.
+    """
+    b1: float = 1.0
+    b2: float = 1.0
+    s1: float = 1.0
+    s2: float = 1.0
+    version: int = 2
+    rule: str = "channels"
+    window: str = "2x2"
+    threshold: int = 1
+    backbone: tuple[float, float] = (0.0, 1.0)
+    skip: tuple[float, float] = (0.0, 1.0)
+    skip_scale: Callable[[int, int], float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("b1", "b2", "s1", "s2"):
+            check_factor(f"FreeU's {name}", getattr(self, name))
+        for name, legal in (("version", (1, 2)), ("rule", ("channels", "level")), ("window", ("2x2", "dc"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"FreeU's {name} is {' or '.join(map(str, legal))}, not {getattr(self, name)!r}")
+        if not isinstance(self.threshold, int) or self.threshold < 1:
+            raise ValueError(f"FreeU's threshold is a whole number from 1 up, not {self.threshold!r}")
+        for name in ("backbone", "skip"):
+            start, end = getattr(self, name)
+            if not 0 <= start <= end <= 1:
+                raise ValueError(f"FreeU's {name} gate lies within 0..1, start before end, not {start:g}:{end:g}")
+
+    def at(self, fraction: float) -> "FreeU | None":
+        """What acts at this fraction of the steps (0 at the first one, below 1 at the last); None: nothing."""
+        now = self
+        if not self.backbone[0] <= fraction < self.backbone[1]:
+            now = replace(now, b1=1.0, b2=1.0)
+        if not self.skip[0] <= fraction < self.skip[1]:
+            now = replace(now, s1=1.0, s2=1.0, skip_scale=None)
+        neutral = now.b1 == now.b2 == now.s1 == now.s2 == 1 and now.skip_scale is None
+        return None if neutral else now
+
+    def __call__(self, h: Tensor, skip: Tensor, layer: int, config: Shape) -> tuple[Tensor, Tensor]:
+        """Backbone (B, C, H, W) and skip (B, C', H, W) of decoder layer 0, 1, ... (0 deepest), both made anew."""
+        b, s = self.factors(h.shape[1], layer, config)
+        if b != 1:
+            half = h.shape[1] // 2
+            gain = b if self.version == 1 else structure_gain(h, b)
+            h = torch.cat([h[:, :half] * gain, h[:, half:]], dim=1)
+        if s != 1:
+            skip = damp_mean(skip, s) if self.window == "dc" else damp_low_frequencies(skip, s, self.threshold)
+        if self.skip_scale is not None:
+            skip = skip * self.skip_scale(layer, len(config.channels) * (config.layers + 1))
+        return h, skip
+
+    def factors(self, channels: int, layer: int, config: Shape) -> tuple[float, float]:
+        """(b, s) of a decoder layer, by its backbone's channels or by its level."""
+        if self.rule == "channels":
+            stage = {4 * config.channels[0]: 0, 2 * config.channels[0]: 1}.get(channels)
+        else:
+            stage = layer // (config.layers + 1)
+        return {0: (self.b1, self.s1), 1: (self.b2, self.s2)}.get(stage, (1.0, 1.0))
+
+
+def structure_gain(h: Tensor, b: float) -> Tensor:
+    """Eq. 2 and 3: 1 where the channels' mean is least, b where it is greatest. (B, C, H, W) -> (B, 1, H, W)
+
+    Each image by itself, in float32 or wider. A map whose mean is the same everywhere has no structure: gain 1.
+    """
+    mean = h.to(torch.promote_types(h.dtype, torch.float32)).mean(dim=1, keepdim=True)
+    low, high = mean.amin(dim=(2, 3), keepdim=True), mean.amax(dim=(2, 3), keepdim=True)
+    structure = torch.where(high > low, (mean - low) / (high - low), 0.0)
+    return ((b - 1) * structure + 1).to(h.dtype)
+
+
+def damp_mean(skip: Tensor, s: float) -> Tensor:
+    """Eq. 4 with a radius below 1: every channel's mean times s, the rest as it is. (B, C, H, W), same out"""
+    return skip - (1 - s) * skip.mean(dim=(2, 3), keepdim=True)
+
+
+def damp_low_frequencies(skip: Tensor, s: float, threshold: int = 1) -> Tensor:
+    """Scales the Fourier bins -threshold to threshold - 1 along both axes by s. (B, C, H, W), same out
+
+    The real part of that, without a Fourier transform and so without complex numbers, of any size and dtype:
+    skip - (1 - s) low, where low sums the window's plane waves: cosines along both axes minus sines along both.
+    Bin -1 is in the window and bin +1 is not: along a diagonal one direction is damped, the other left alone.
+    ValueError where the window is larger than the map.
+    """
+    height, width = skip.shape[-2:]
+    if threshold > max(min(height, width) // 2, 1):
+        raise ValueError(f"FreeU's threshold {threshold} is too large for a {width}x{height} map; use at most "
+                         f"{max(min(height, width) // 2, 1)}")
+    x = skip.to(torch.promote_types(skip.dtype, torch.float32))
+    cos_h, sin_h = waves(height, threshold, x)
+    cos_w, sin_w = waves(width, threshold, x)
+    low = cos_h @ x @ cos_w.T - sin_h @ x @ sin_w.T
+    return (x - (1 - s) * low).to(skip.dtype)
+
+
+def waves(n: int, threshold: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the window's bins j of cos(2 pi j (p - q) / n) / n, and of sin: two (n, n) matrices."""
+    bins = torch.arange(-threshold, threshold, device=like.device) if n > 1 else torch.zeros(1, device=like.device)
+    p = torch.arange(n, device=like.device)
+    angle = (2 * math.pi / n) * (bins[:, None, None] * (p[:, None] - p)).to(like.dtype)
+    return angle.cos().sum(dim=0) / n, angle.sin().sum(dim=0) / n
+
+
+def skip_tuning(bottom: float, top: float = 1.0) -> Callable[[int, int], float]:
+    """Skip-Tuning: the skip's factor goes linearly from `bottom`, next to the middle, to `top`, the outermost."""
+    check_factor("Skip-Tuning's factor", bottom)
+    check_factor("Skip-Tuning's factor", top)
+    return lambda layer, layers: bottom + layer * (top - bottom) / (layers - 1)
+
+
+def scale_long(kappa: float) -> Callable[[int, int], float]:
+    """ScaleLong's CS: 1 for the outermost skip, each further in by kappa less. Meant for training; near 1 without."""
+    check_factor("ScaleLong's kappa", kappa)
+    return lambda layer, layers: kappa ** (layers - 1 - layer)
+
+
+def check_factor(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value <= 10:
+        raise ValueError(f"{name} must be a number from 0 to 10 (1 is neutral), not {value!r}")
+
+
+# Published values. Version 2: the authors' README of 2023-10-18; version 1: the README of 2023-09-22, and for SDXL the
+# community's sweep that FreeScale uses. The drawn world's model has none of its own and takes SD 1.4's.
+PRESETS = {
+    2: {"sd15": (1.5, 1.6, 0.9, 0.2), "sd21": (1.4, 1.6, 0.9, 0.2), "sdxl": (1.3, 1.4, 0.9, 0.2),
+        "tiny": (1.3, 1.4, 0.9, 0.2)},
+    1: {"sd15": (1.2, 1.4, 0.9, 0.2), "sd21": (1.1, 1.2, 0.9, 0.2), "sdxl": (1.1, 1.2, 0.6, 0.4),
+        "tiny": (1.2, 1.4, 0.9, 0.2)},
+}
