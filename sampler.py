@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from cache import DeepCache, FasterDiffusion
     from freeu import FreeU
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a")
@@ -146,8 +147,9 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              steps: int = 30, sampler: str = "ddim", cfg_scale: float = 7.5, prediction: str = "epsilon",
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
-             freeu: "FreeU | None" = None, schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None,
-             strength: float = 1.0) -> Iterator[tuple[int, Tensor]]:
+             freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
+             schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
+             ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
     unet: a `UNet`, or any function (x, t, context, added) -> prediction.
@@ -159,6 +161,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     eta: 0 is DDIM, 1 as much noise as DDPM; for "ddim" and the "euler" samplers ("euler-a" is "euler" with eta 1).
     generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
+    cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
     p = plan(sampler, steps, schedule, spacing)
@@ -189,12 +192,23 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     if hasattr(unet, "embed_text"):
         text, shifts = unet.embed_text(context), unet.embed_schedule(times, added)
 
+    features = None if cache is None else cache.start(steps, start, unet)
+    first_x = x
     for i in range(start, steps):
         techniques = {}                                                # what acts at this step; nothing by default
         if freeu is not None and (now := freeu.at(i / steps)) is not None:
             techniques["freeu"] = now
+        if features is not None:
+            techniques["cache"] = features.at(i)
+            x = features.inject(x, first_x, p.times[i])
         x_in = x.to(model_dtype)
-        out = unet(torch.cat([x_in, x_in]) if guided else x_in, shifts[i], text, added, **techniques).to(x.dtype)
+        x_in = torch.cat([x_in, x_in]) if guided else x_in
+        if features is not None and features.parallel:
+            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu)
+            x = features.inject(x, first_x, p.times[i], late=True)
+        else:
+            out = unet(x_in, shifts[i], text, added, **techniques)
+        out = out.to(x.dtype)
         if guided:
             negative, positive = out.chunk(2)
             out = negative + cfg_scale * (positive - negative)

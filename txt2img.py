@@ -27,6 +27,7 @@ try:
 except ImportError:
     resource = None
 
+from cache import DeepCache, FasterDiffusion
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, load_weights, read_config, replacing, run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
@@ -118,7 +119,7 @@ class StableDiffusion:
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, freeu: FreeU | None = None,
-               init: Tensor | None = None, strength: float = 0.8,
+               cache: DeepCache | FasterDiffusion | None = None, init: Tensor | None = None, strength: float = 0.8,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32.
 
@@ -149,8 +150,7 @@ class StableDiffusion:
         latents = noise
         for i, latents in generate(
                 self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, freeu, schedule=self.config.schedule, init=init,
-                strength=strength):
+                added, negative_added, spacing, eta, generators, freeu, cache, self.config.schedule, init, strength):
             if callback is not None:
                 callback(i, latents)
         if not latents.isfinite().all():
@@ -240,6 +240,10 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["Eta"] = f"{args.eta:g}"
     if args.init_image:
         pairs["Denoising strength"] = f"{args.strength:g}"
+    if args.cache == "deepcache":
+        pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}"
+    if args.cache == "faster":
+        pairs["Faster Diffusion"] = f"keys {args.cache_keys} noise {args.cache_noise:g}".replace(",", " ")
     if freeu is not None:
         pairs["FreeU"] = f"{freeu.b1:g} {freeu.b2:g} {freeu.s1:g} {freeu.s2:g} version {freeu.version}"
     if args.skip_tuning or args.scale_long is not None:
@@ -284,9 +288,21 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--freeu-skip", default="0:1", metavar="FROM:TO", help="part of the steps in which s acts")
     group.add_argument("--skip-tuning", metavar="BOTTOM[,TOP]", help="scale skips, linearly by depth (TOP is 1)")
     group.add_argument("--scale-long", type=float, metavar="KAPPA", help="scale skips by powers of KAPPA by depth")
+    group = parser.add_argument_group("caches (cache.py)")
+    group.add_argument("--cache", choices=["deepcache", "faster"], help="run only a part of the U-Net at most steps")
+    group.add_argument("--cache-interval", type=int, default=3, metavar="N", help="deepcache: every N-th step in full")
+    group.add_argument("--cache-branch", type=int, default=0, help="deepcache: 0 fastest; the paper's is 1")
+    group.add_argument("--cache-center", type=int, metavar="STEP", help="deepcache: more full steps around this one")
+    group.add_argument("--cache-keys", default="paper", metavar="KEYS",
+                       help="faster: full steps: paper, rescaled, square, every:N, or a list such as 0,2,5")
+    group.add_argument("--cache-parallel", action="store_true", help="faster: decode the steps between in one batch")
+    group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
+    group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
+                       help="faster: prior noise injected in the second half")
     args = parser.parse_args()
 
     read_freeu(args, "tiny")
+    read_cache(args)
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -351,6 +367,26 @@ def read_freeu(args: argparse.Namespace, family: str) -> FreeU | None:
     return None if args.freeu is None and skip_scale is None else freeu
 
 
+def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache | FasterDiffusion | None:
+    """The cache that the flags ask for, checked against the U-Net if there is one yet."""
+    if args.cache is None:
+        return None
+    try:
+        if args.cache == "deepcache":
+            cache = DeepCache(args.cache_interval, args.cache_branch, args.cache_center)
+        else:
+            keys = args.cache_keys
+            if keys.startswith("every:"):
+                keys = int(keys.removeprefix("every:"))
+            elif keys[:1].isdigit():
+                keys = tuple(int(key) for key in keys.split(","))
+            cache = FasterDiffusion(keys, args.cache_parallel, args.cache_max_batch, args.cache_noise)
+        cache.key_steps(args.steps) if unet is None else cache.start(args.steps, 0, unet)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return cache
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts in order, each as often as --n says."""
     prompts = [args.prompt]
@@ -408,7 +444,7 @@ def main() -> None:
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
-        freeu = read_freeu(args, sd.config.family)
+        freeu, cache = read_freeu(args, sd.config.family), read_cache(args, sd.unet)
         init = None if init_image is None else sd.encode(init_image.to(sd.device), args.vae_tile)
         height, width = init_image.shape[-2:] if args.init_image else (args.height or sd.config.size,
                                                                        args.width or sd.config.size)
@@ -420,7 +456,7 @@ def main() -> None:
             latents = sd.sample(
                 [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], height=height, width=width, eta=args.eta,
-                spacing=args.spacing, freeu=freeu, strength=args.strength,
+                spacing=args.spacing, freeu=freeu, cache=cache, strength=args.strength,
                 init=None if init is None else init.expand(len(batch), -1, -1, -1),
                 callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)

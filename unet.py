@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
+    from cache import Features
     from freeu import FreeU
 
 
@@ -268,24 +269,33 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
-                freeu: "FreeU | None" = None) -> Tensor:
+                freeu: "FreeU | None" = None, cache: "Features | None" = None) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
         context: text embeddings (B, L, D); or what `embed_text` made of them.
         added: SDXL's pooled text and image sizes (B, add_dim); None for the other models.
         freeu: factors on backbone and skips, see `freeu.py`; None: the plain network.
+        cache: which units run at this step, and what stands in for the others, see `cache.py`; None: all run.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
-        h, skips = self.encode(x, shifts, text)
-        return self.decode(h, skips, shifts, text, freeu)
+        h, skips = self.encode(x, shifts, text, None if cache is None else cache.down)
+        if cache is not None:
+            h, skips = cache.encoded(h, skips)
+        return self.decode(h, skips, shifts, text, freeu, cache)
 
-    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit) -> tuple[Tensor, list[Tensor]]:
-        """conv_in, the down units and the middle -> the middle's output and the skips, largest map first."""
+    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit,
+               down: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
+        """conv_in, the down units and the middle -> the middle's output and the skips, largest map first.
+
+        down: run only so many down units and not the middle (None in its place); -1: not even conv_in.
+        """
+        if down == -1:
+            return None, []
         h = self.conv_in(x)
         skips = [h]
-        for unit, shift, keys_values in zip(self.down_units(), shifts.down, text.down, strict=True):
+        for unit, shift, keys_values in zip(self.down_units()[:down], shifts.down, text.down):
             if unit.resample is not None:
                 h = unit.resample(h)
             else:
@@ -293,6 +303,8 @@ class UNet(nn.Module):
                 if unit.attention is not None:
                     h = unit.attention(h, keys_values)
             skips.append(h)
+        if down is not None:
+            return None, skips
 
         resnet_1, resnet_2 = self.mid_block.resnets
         h = resnet_1(h, shifts.mid[0])
@@ -300,19 +312,21 @@ class UNet(nn.Module):
         h = resnet_2(h, shifts.mid[1])
         return h, skips
 
-    def decode(self, h: Tensor, skips: list[Tensor], shifts: PerUnit, text: PerUnit,
-               freeu: "FreeU | None" = None) -> Tensor:
+    def decode(self, h: Tensor | None, skips: list[Tensor], shifts: PerUnit, text: PerUnit,
+               freeu: "FreeU | None" = None, cache: "Features | None" = None) -> Tensor:
         """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
-        skips = skips[::-1]
-        for i, (unit, shift, keys_values) in enumerate(zip(self.up_units(), shifts.up, text.up, strict=True)):
-            skip = skips[i]
+        units = self.up_units()
+        for i in range(0 if cache is None else cache.up, len(units)):
+            unit, shift, keys_values, skip = units[i], shifts.up[i], text.up[i], skips[len(units) - 1 - i]
+            if cache is not None:
+                h = cache.enter(i, h)
             if freeu is not None:
                 h, skip = freeu(h, skip, i, self.config)
             h = unit.resnet(torch.cat([h, skip], dim=1), shift)
             if unit.attention is not None:
                 h = unit.attention(h, keys_values)
             if unit.resample is not None:
-                h = unit.resample(h, skips[i + 1].shape[-2:])
+                h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def down_units(self) -> list[Unit]:

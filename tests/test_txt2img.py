@@ -381,3 +381,28 @@ def test_freeu_flags_change_the_picture_and_are_written_into_it(narrow, tmp_path
 def test_bad_freeu_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
     code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
     assert code == 2 and words in stderr and stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_cache_flags_change_the_picture_and_an_interval_of_one_does_not(narrow, tmp_path, command):
+    def run(*flags):
+        code, _, stderr = command("a circle", "--model", narrow, "--steps", 6, "--out", tmp_path / "p.png", *flags)
+        assert code == 0, stderr
+        return pixels(tmp_path / "p.png"), Image.open(tmp_path / "p.png").text["parameters"]
+    plain, _ = run()
+    assert np.array_equal(run("--cache", "deepcache", "--cache-interval", 1)[0], plain)
+    assert np.array_equal(run("--cache", "faster", "--cache-keys", "every:1", "--cache-noise", 0)[0], plain)
+    for flags, words in ((["deepcache", "--cache-branch", "1"], "DeepCache: interval 3 branch 1"),
+                         (["faster", "--cache-keys", "0,2", "--cache-parallel"], "Faster Diffusion: keys 0 2 noise")):
+        picture, text = run("--cache", *flags, "--freeu")
+        assert words in text and "FreeU" in text and not np.array_equal(picture, plain)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["deepcache", "--cache-interval", "0"], "interval"), (["deepcache", "--cache-branch", "9"], "0 to 3"),
+    (["faster", "--cache-keys", "often"], "paper, rescaled, square"),
+    (["faster", "--cache-keys", "1,2"], "begin with 0"),
+    (["faster", "--cache-keys", "0,30"], "beyond the last"), (["faster", "--cache-keys", "every:x"], "x"),
+    (["faster", "--cache-noise", "-1"], "between 0 and 1")])
+def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", "--cache", *flags)
+    assert code == 2 and words in stderr and "Traceback" not in stderr and list(tmp_path.iterdir()) == []
