@@ -1,7 +1,7 @@
 """How often a model draws what was asked: prompts of the drawn world, its pictures, the exact scorer's verdicts.
 
     python -m lab.evaluate --n 200                      # single objects with a colour, the tiny model
-    python -m lab.evaluate --kind position --sheet positions.png
+    python -m lab.evaluate --from-file lab/prompts.txt --sheet models/tiny/pictures.png      # the README's picture
 
 Start at `evaluate`. Only models that were trained on the world of `lab/shapes.py` can be judged.
 """
@@ -24,6 +24,19 @@ def make_prompts(kind: str, n: int, seed: int = 1000) -> list[str]:
     """n captions of one of GenEval's categories (`shapes.KINDS`), held-out looks and pairs included."""
     rng = np.random.default_rng(seed)
     return [shapes.caption(shapes.random_scene(rng, kind), rng, kind) for _ in range(n)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, each of which must be a sentence of the world's grammar."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for prompt in prompts:
+            shapes.parse(prompt)
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't judge the prompts in {path}: {error}") from None
+    if not prompts:
+        raise InputError(f"{path} has no prompts; write one on each line")
+    return prompts
 
 
 def evaluate(sd: StableDiffusion, prompts: list[str], batch: int = 25, seed: int = 0,
@@ -66,7 +79,8 @@ def main() -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=TINY, help="model folder")
     parser.add_argument("--kind", default="colors", help=", ".join(shapes.KINDS))
-    parser.add_argument("--n", type=int, default=200, help="prompts")
+    parser.add_argument("--n", type=int, default=200, help="prompts of that kind")
+    parser.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--sampler", default="ddim", help=", ".join(SAMPLERS))
@@ -75,17 +89,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.kind not in shapes.KINDS or args.n < 1:
         raise InputError(f"--kind is one of {', '.join(shapes.KINDS)}, and --n at least 1")
+    prompts = read_prompts(args.from_file) if args.from_file else make_prompts(args.kind, args.n)
     sd, started = StableDiffusion.load(args.model), time.time()
     if sd.config.family != "tiny":
         raise InputError(f"{args.model} wasn't trained on the drawn world, so its pictures can't be judged")
-    prompts = make_prompts(args.kind, args.n)
     verdicts, pictures = evaluate(sd, prompts, seed=args.seed, steps=args.steps, sampler=args.sampler,
                                   cfg_scale=args.cfg_scale)
     for name, what in (("ok", "right"), ("color", "colours"), ("shape", "shapes")):
         share = float(np.mean([getattr(v, name) for v in verdicts]))
-        low, high = wilson(share, args.n)
-        print(f"{what:8s} {share:.3f}  (95 % interval {low:.3f} to {high:.3f}, n = {args.n})")
-    print(f"{(time.time() - started) / args.n:.2f} s a picture")
+        low, high = wilson(share, len(prompts))
+        print(f"{what:8s} {share:.3f}  (95 % interval {low:.3f} to {high:.3f}, n = {len(prompts)})")
+    print(f"{(time.time() - started) / len(prompts):.2f} s a picture")
     if args.sheet:
         contact_sheet(prompts, verdicts, pictures, args.sheet)
 
