@@ -23,15 +23,21 @@ from sampler import NoiseSchedule
 from unet import UNetConfig
 from vae import VAEConfig
 
+UMASK = os.umask(0)                              # the only way to read it is to set it
+os.umask(UMASK)
+
 
 class InputError(ValueError):
     """Something that a person gave is wrong. The message is one sentence: what, where, what to do."""
 
 
+FAMILIES = ("sd15", "sd21", "sdxl", "tiny")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """config.json, as data."""
-    family: str                                  # "sd15", "sd21", "sdxl" or "tiny"
+    family: str                                  # one of FAMILIES
     prediction: str                              # what the U-Net predicts: "epsilon" or "v"
     size: int                                    # native width and height in pixels
     schedule: NoiseSchedule
@@ -53,17 +59,25 @@ def read_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise InputError(f"{folder} is not a converted model folder (it has no config.json); {convert}")
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); convert the model again") from None
     if not isinstance(data, dict) or "family" not in data:
         raise InputError(f"{path} doesn't describe a converted model; {convert}")
     parts = {"schedule": NoiseSchedule, "unet": UNetConfig, "vae": VAEConfig,
              "text_encoder": TextConfig, "text_encoder_2": TextConfig}
     for name, kind in parts.items():
-        if data.get(name) is not None:
+        if name in data and (name, data[name]) != ("text_encoder_2", None):
             data[name] = from_json(kind, data[name], f"{path}, {name}")
-    return from_json(ModelConfig, data, str(path))
+    config = from_json(ModelConfig, data, str(path))
+    legal = {"family": FAMILIES, "prediction": ("epsilon", "v"), "spacing": (None, "leading", "linspace", "trailing")}
+    for name, values in legal.items():
+        value = config.schedule.spacing if name == "spacing" else getattr(config, name)
+        if value not in values:
+            raise InputError(f"{path}: {name} is {value!r}, not one of {', '.join(map(str, values))}")
+    if not isinstance(config.size, int):
+        raise InputError(f"{path}: size is {config.size!r}, not a number of pixels")
+    return config
 
 
 def from_json(kind: type, data: Any, where: str) -> Any:
@@ -84,6 +98,16 @@ def write_config(folder: Path, config: ModelConfig) -> None:
     """Write config.json, from which `read_config` makes the same object again."""
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """A module on the meta device: shapes only, the weights come from `load_weights`."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"config.json describes no {kind.__name__} that can be built ({error}); "
+                         "convert the model again") from None
 
 
 def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
@@ -140,7 +164,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        part.chmod(0o644)                       # safetensors makes its files readable by their owner only
+        part.chmod(0o666 & ~UMASK)               # safetensors makes its files readable by their owner only
         part.replace(path)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}); choose another place") from None

@@ -10,6 +10,7 @@ authors' README code (version 2), their demo code (version 1), and diffusers 0.4
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -61,7 +62,10 @@ class FreeU:
                 raise ValueError(f"FreeU's {name} gate lies within 0..1, start before end, not {start:g}:{end:g}")
 
     def at(self, fraction: float) -> "FreeU | None":
-        """What acts at this fraction of the steps (0 at the first one, below 1 at the last); None: nothing."""
+        """What acts at this fraction of the whole schedule (0 at step 0, below 1 at the last one); None: nothing.
+
+        Gates include their start and not their end.
+        """
         now = self
         if not self.backbone[0] <= fraction < self.backbone[1]:
             now = replace(now, b1=1.0, b2=1.0)
@@ -104,12 +108,12 @@ def structure_gain(h: Tensor, b: float) -> Tensor:
 
 
 def damp_mean(skip: Tensor, s: float) -> Tensor:
-    """Eq. 4 with a radius below 1: every channel's mean times s, the rest as it is. (B, C, H, W), same out"""
+    """Eq. 5 to 8 with a radius below 1: every channel's mean times s, the rest as it is. (B, C, H, W)"""
     return skip - (1 - s) * skip.mean(dim=(2, 3), keepdim=True)
 
 
 def damp_low_frequencies(skip: Tensor, s: float, threshold: int = 1) -> Tensor:
-    """Scales the Fourier bins -threshold to threshold - 1 along both axes by s. (B, C, H, W), same out
+    """Eq. 5 to 8 as released: the Fourier bins -threshold to threshold - 1 along both axes times s. (B, C, H, W)
 
     The real part of that, without a Fourier transform and so without complex numbers, of any size and dtype:
     skip - (1 - s) low, where low sums the window's plane waves: cosines along both axes minus sines along both.
@@ -149,7 +153,7 @@ def scale_long(kappa: float) -> Callable[[int, int], float]:
 
 
 def check_factor(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value <= 10:
+    if not isinstance(value, Real) or not 0 <= value <= 10:
         raise ValueError(f"{name} must be a number from 0 to 10 (1 is neutral), not {value!r}")
 
 

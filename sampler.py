@@ -20,6 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cache import DeepCache, FasterDiffusion
     from freeu import FreeU
+    from unet import PerUnit
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a")
 
@@ -147,12 +148,13 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              steps: int = 30, sampler: str = "ddim", cfg_scale: float = 7.5, prediction: str = "epsilon",
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
-             freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
+             *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
              ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
-    unet: a `UNet`, or any function (x, t, context, added) -> prediction.
+    unet: a `UNet`, or any function (x, t, context, added) -> prediction, with t a scalar tensor. Gradients are recorded
+        unless the caller says torch.no_grad().
     noise: (B, 4, h, w), unit variance; its dtype is the one that the solver computes in.
     context, negative_context: text embeddings (B, L, D). Guidance: negative + cfg_scale * (positive - negative), so
         that scale 1 is no guidance (and one pass instead of two) and 0 follows the negative prompt alone; a
@@ -168,6 +170,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     if prediction not in ("epsilon", "v"):
         raise ValueError(f"prediction is 'epsilon' or 'v', not {prediction!r}")
     eta = 1.0 if sampler == "euler-a" else eta
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, not {eta:g}")
     if eta > 0 and sampler.startswith("dpm"):
         raise ValueError(f"{sampler} is deterministic: leave eta at 0, or use ddim or euler-a")
     if eta > 0 and generators is None:
@@ -178,7 +182,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
 
     start = 0 if init is None else steps - int(steps * strength)
     if start == steps:                                                 # strength 0: nothing to do
-        yield steps - 1, init
+        yield steps - 1, init.expand_as(noise)
         return
     x = noise * p.start_scale if init is None else math.sqrt(p.now[start]) * init + math.sqrt(1 - p.now[start]) * noise
 
@@ -187,10 +191,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     if guided:
         context = torch.cat([negative_context, context])
         added = None if added is None else torch.cat([negative_added, added])
-    model_dtype, times = context.dtype, torch.tensor(p.times, device=x.device)
-    text, shifts = context, times
-    if hasattr(unet, "embed_text"):
-        text, shifts = unet.embed_text(context), unet.embed_schedule(times, added)
+    model_dtype = context.dtype
+    text, shifts = prepare(unet, context, p, added)
 
     features = None if cache is None else cache.start(steps, start, unet)
     first_x = x
@@ -216,6 +218,18 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         yield i, x
 
 
+def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan,
+            added: Tensor | None) -> tuple["Tensor | PerUnit", "Tensor | list[PerUnit]"]:
+    """What doesn't depend on x: the text's keys and values, once a run, and the shifts of all its times at once.
+
+    For a function that is no `UNet`, the context and the times as they are.
+    """
+    times = torch.tensor(plan.times, device=context.device)
+    if not hasattr(unet, "embed_text"):
+        return context, times
+    return unet.embed_text(context), unet.embed_schedule(times, added)
+
+
 def invert(unet: Callable[..., Tensor], latents: Tensor, context: Tensor, steps: int = 30, prediction: str = "epsilon",
            added: Tensor | None = None, spacing: str | None = None, schedule: NoiseSchedule = NoiseSchedule(),
            ) -> Iterator[tuple[int, Tensor]]:
@@ -225,10 +239,10 @@ def invert(unet: Callable[..., Tensor], latents: Tensor, context: Tensor, steps:
     many steps: the prediction is made at the step's own time but from the latents behind it (arXiv 2105.05233, app. F).
     """
     p = plan("ddim", steps, schedule, spacing)
-    times = torch.tensor(p.times, device=latents.device)
+    text, shifts = prepare(unet, context, p, added)
     x = latents
     for i in reversed(range(steps)):
-        out = unet(x.to(context.dtype), times[i], context, added).to(x.dtype)
+        out = unet(x.to(context.dtype), shifts[i], text, added).to(x.dtype)
         x0, eps = x0_and_eps(x, out, p.after[i], prediction)
         x = math.sqrt(p.now[i]) * x0 + math.sqrt(1 - p.now[i]) * eps
         yield i, x

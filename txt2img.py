@@ -7,18 +7,21 @@ Start at `StableDiffusion.sample`; the loop it runs is `sampler.generate`. Shape
 pixels, L text tokens, D text width, P width of SDXL's pooled text vector.
 """
 import argparse
+import json
 import math
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +32,7 @@ except ImportError:
 
 from cache import DeepCache, FasterDiffusion
 from clip_text import TextEncoder, Tokenizer
-from folder import InputError, ModelConfig, load_weights, read_config, replacing, run_command
+from folder import InputError, ModelConfig, build, load_weights, read_config, replacing, run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
@@ -58,9 +61,8 @@ class StableDiffusion:
         folder = Path(folder)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder / "tokenizer.json", config)
-        with torch.device("meta"):                                     # shapes only: the weights come from the files
-            unet, vae = UNet(config.unet), VAE(config.vae)
-            texts = [TextEncoder(c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
+        unet, vae = build(UNet, config.unet), build(VAE, config.vae)
+        texts = [build(TextEncoder, c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
         load_weights(unet, folder / "unet.safetensors", device, dtype)
         # SDXL's VAE overflows float16: it stays in float32 there
         guard = config.vae.force_upcast and dtype == torch.float16
@@ -73,8 +75,11 @@ class StableDiffusion:
         return StableDiffusion(config, tokenizer, texts, unet, vae)
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    def encode_prompt(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
         """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that are lost."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"a prompt is a text or a list of texts, not {prompts!r}")
         hidden, pooled, lost = [], None, []
         for text in self.text_encoders:
             ids, lost = self.tokenizer(prompts, text.config.length, text.config.pad)
@@ -103,7 +108,7 @@ class StableDiffusion:
         elif isinstance(prompt, tuple):
             context, pooled = prompt
         else:
-            context, pooled = self.encode_prompt([prompt or ""] if isinstance(prompt, str | None) else list(prompt))
+            context, pooled = self.encode_prompt("" if prompt is None else prompt)
         if batch is not None and len(context) == 1:
             context, pooled = context.expand(batch, -1, -1), None if pooled is None else pooled.expand(batch, -1)
         if batch is not None and len(context) != batch:
@@ -118,43 +123,52 @@ class StableDiffusion:
     @torch.no_grad()
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
-               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, freeu: FreeU | None = None,
+               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
                cache: DeepCache | FasterDiffusion | None = None, init: Tensor | None = None, strength: float = 0.8,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """Prompts to latents (B, 4, h, w), VAE-scaled, float32.
+        """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
         prompt: one text or a list of B; or embeddings: context (B, L, D), for SDXL with the pooled vector (B, P).
         negative_prompt: likewise, one for all or B. None: what the model's authors do without one ("", SDXL: zeros).
         seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
-        height, width: pixels, multiples of 8; None: the model's native size.
+        height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
         noise: (B, 4, h, w), unit variance, in place of the seeds' first draw.
         init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
         callback(step, latents) is called after each step. Other arguments: see `sampler.generate`.
         """
-        factor = self.config.vae.factor
-        for like in (init, noise):
-            if like is not None:
-                height, width = like.shape[-2] * factor, like.shape[-1] * factor
-        native = self.config.size
+        factor, native = self.config.vae.factor, self.config.size
+        for given in (init, noise):
+            if given is not None:
+                height = given.shape[-2] * factor if height is None else height
+                width = given.shape[-1] * factor if width is None else width
         height, width = check_size(native if height is None else height, native if width is None else width)
         context, added = self.conditions(prompt, None, height, width)
         negative, negative_added = None, None
         if cfg_scale != 1:
             negative, negative_added = self.conditions(negative_prompt, len(context), height, width)
 
-        seeds = [seed + k for k in range(len(context))] if isinstance(seed, int) else seed
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        seeds = [seed + k for k in range(len(context))] if isinstance(seed, Integral) else list(seed)
+        if len(seeds) != len(context):
+            raise InputError(f"there are {len(seeds)} seeds for {len(context)} prompts; give one, or as many")
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         if noise is None:
             like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
             noise = draw_noise(generators, like)
+        shape = (len(context), self.config.unet.in_channels, height // factor, width // factor)
+        if tuple(noise.shape) != shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}, but {shape} is needed")
+        if init is not None and tuple(init.shape) not in (shape, (1, *shape[1:])):
+            raise InputError(f"init has shape {tuple(init.shape)}, but {shape} is needed")
+        init = None if init is None else init.to(self.device)
         latents = noise
         for i, latents in generate(
                 self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, freeu, cache, self.config.schedule, init, strength):
+                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
+                schedule=self.config.schedule, init=init, strength=strength):
             if callback is not None:
                 callback(i, latents)
         if not latents.isfinite().all():
-            raise InputError(f"the latents are not finite (NaN) in {self.dtype}: use --dtype bfloat16 or float32")
+            raise InputError(not_finite("latents", self.dtype))
         return latents
 
     @torch.no_grad()
@@ -164,19 +178,26 @@ class StableDiffusion:
         tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
         """
         weight = self.vae.post_quant_conv.weight
-        z = (latents.to(weight.device) / self.config.vae.scaling).to(weight.dtype)
+        z = latents.to(weight.device) / self.config.vae.scaling
         images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
         if not images.isfinite().all():
-            raise InputError(f"the image is not finite (NaN) in {weight.dtype}: use --dtype bfloat16 or float32")
+            raise InputError(not_finite("decoded image", weight.dtype))
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
         weight, factor = self.vae.quant_conv.weight, self.config.vae.factor
-        x = (images * 2 - 1).to(weight)
+        x = images.to(weight.device) * 2 - 1
         mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
         return mean.float() * self.config.vae.scaling
+
+
+def not_finite(what: str, dtype: torch.dtype) -> str:
+    """The message for NaN and infinity, with what helps."""
+    remedy = ("use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --cfg-scale or the techniques' "
+              "factors; if that doesn't help, the weights are damaged: convert them again")
+    return f"the {what} are not finite (NaN) in {dtype}: {remedy}"
 
 
 def tile_side(tile: int | None, latents: Tensor) -> int | None:
@@ -199,8 +220,10 @@ def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
-    """InputError for a side that is not a positive multiple of 8, naming the nearest that are."""
+    """InputError for a side that is not a positive multiple of 8, naming the nearest that are, or beyond reason."""
     for name, side in (("height", height), ("width", width)):
+        if side > 65536:
+            raise InputError(f"{name} {side} is beyond all memory; the largest is 65536")
         if side <= 0 or side % 8:
             near = max(side // 8 * 8, 8)
             raise InputError(f"{name} {side} is not a multiple of 8; the nearest are {near} and {near + 8}")
@@ -229,39 +252,54 @@ def save_grid(paths: list[Path], path: Path) -> None:
         sheet.save(part, format="PNG")
 
 
-def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: int, width: int,
-                    freeu: FreeU | None) -> str:
+def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: int, width: int) -> str:
     """The settings in the format that A1111's web UI began and most tools read."""
     solver = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a"}
     pairs = {"Steps": args.steps, "Sampler": solver[args.sampler.removesuffix("-karras")],
              "Schedule type": "Karras" if args.sampler.endswith("-karras") else "Automatic",
              "CFG scale": f"{args.cfg_scale:g}", "Seed": seed, "Size": f"{width}x{height}", "Model": args.model.name}
-    if args.eta:
-        pairs["Eta"] = f"{args.eta:g}"
+    for name, value, default in (("Spacing", args.spacing, None), ("Eta", args.eta, 0.0),
+                                 ("Precision", str(args.dtype).removeprefix("torch."), "float32"),
+                                 ("Init image", args.init_image, None)):
+        if value != default:
+            pairs[name] = value
     if args.init_image:
         pairs["Denoising strength"] = f"{args.strength:g}"
     if args.cache == "deepcache":
         pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}"
     if args.cache == "faster":
-        pairs["Faster Diffusion"] = f"keys {args.cache_keys} noise {args.cache_noise:g}".replace(",", " ")
-    if freeu is not None:
-        pairs["FreeU"] = f"{freeu.b1:g} {freeu.b2:g} {freeu.s1:g} {freeu.s2:g} version {freeu.version}"
-    if args.skip_tuning or args.scale_long is not None:
-        pairs["Skip scale"] = f"linear {args.skip_tuning}".replace(",", " ") if args.skip_tuning else args.scale_long
+        pairs["Faster Diffusion"] = f"keys {args.cache_keys} noise {args.cache_noise:g}"
+    if args.freeu is not None:
+        pairs["FreeU"] = (f"{args.freeu} version {args.freeu_version} {args.freeu_rule} {args.freeu_window} "
+                          f"backbone {args.freeu_backbone} skip {args.freeu_skip}")
+    if args.skip_tuning is not None:
+        pairs["Skip-Tuning"] = args.skip_tuning
+    if args.scale_long is not None:
+        pairs["ScaleLong"] = args.scale_long
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
-    return f"{prompt}{negative}\n" + ", ".join(f"{k}: {v}" for k, v in {**pairs, "RNG": "CPU"}.items())
+    texts = {name: str(value) for name, value in {**pairs, "RNG": "CPU"}.items()}
+    quoted = {name: json.dumps(text) if any(c in text for c in ",:\n") else text for name, text in texts.items()}
+    return f"{prompt}{negative}\n" + ", ".join(f"{name}: {text}" for name, text in quoted.items())
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but None, which the help texts explain."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("prompt", nargs="?", help="what the picture should show")
     parser.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt a line, instead of PROMPT")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
     parser.add_argument("--model", type=Path, default=TINY, help="model folder written by convert_weights.py")
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="a .png, or a folder for 00000_SEED.png, ...")
+    parser.add_argument("--out", type=Path,
+                        help="a .png, or a folder for 00000_SEED.png, ... (default: out.png; out with --from-file)")
     parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; picture k has seed + k")
     parser.add_argument("--steps", type=int, default=30, help="U-Net evaluations per picture")
@@ -319,18 +357,22 @@ def parse_arguments() -> argparse.Namespace:
     check_size(8 if args.height is None else args.height, 8 if args.width is None else args.width)
     if (args.prompt is None) == (args.from_file is None):
         raise InputError("give a prompt, or a file of prompts with --from-file (and not both)")
-    if args.from_file and args.out.suffix == ".png":
-        if args.out != Path("out.png"):
-            raise InputError(f"--from-file writes many pictures: --out must be a folder, not {args.out}")
-        args.out = Path("out")
+    args.out = args.out or Path("out" if args.from_file else "out.png")
+    args.one_file = args.out.suffix.lower() == ".png" and not args.out.is_dir()
+    if args.out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise InputError(f"only PNG files are written: --out can't be {args.out}")
+    if args.from_file and args.one_file:
+        raise InputError(f"--from-file writes many pictures: --out must be a folder, not {args.out}")
     if args.grid and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--grid needs all pictures in one process: run again without torchrun, finished ones are kept")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=args.device)
+        kind = torch.empty(0, device=args.device).device.type
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device} can't be used here ({str(error).splitlines()[0]})") from None
-    args.dtype = DTYPES[args.dtype or ("float32" if args.device == "cpu" else "float16")]
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {args.device} can't hold a picture; use cpu, cuda, mps or xpu")
+    args.dtype = DTYPES[args.dtype or ("float32" if kind == "cpu" else "float16")]
     return args
 
 
@@ -392,9 +434,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = [args.prompt]
     if args.from_file:
         try:
-            prompts = [line.strip() for line in args.from_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = args.from_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"can't read the prompts in {args.from_file} ({error}); it must be a text file") from None
+        prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise InputError(f"{args.from_file} has no prompts; write one on each line")
     return [prompt for prompt in prompts for _ in range(args.n)]
@@ -403,7 +446,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
     """Where each picture goes: out.png; out_SEED.png for several; 00000_SEED.png, ... in a folder. Makes the folder."""
     seeds = range(args.seed, args.seed + count)
-    if args.out.suffix == ".png":
+    if args.one_file:
         folder = args.out.parent
         paths = [args.out] if count == 1 else [args.out.with_stem(f"{args.out.stem}_{seed}") for seed in seeds]
     else:
@@ -411,9 +454,8 @@ def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
         paths = [folder / f"{k:05d}_{seed}.png" for k, seed in enumerate(seeds)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "probe") as probe:                     # better now than after minutes of work
-            probe.touch()
-        (folder / "probe").unlink()
+        with tempfile.TemporaryFile(dir=folder):                       # better now than after minutes of work
+            pass
     except OSError as error:
         raise InputError(f"can't write to {folder} ({error.strerror}); choose another --out") from None
     return paths
@@ -423,31 +465,56 @@ def read_image(args: argparse.Namespace) -> Tensor:
     """--init-image as (1, 3, H, W) in [0, 1], at --width and --height or its own size, rounded to multiples of 8."""
     try:
         with Image.open(args.init_image) as file:
-            picture = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):                           # 16 bits of gray, which Pillow would clip
+                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+            picture = picture.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"can't read the picture {args.init_image} ({error})") from None
     width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((args.width, args.height), picture.size))
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 
 
+def finished(path: Path, parameters: str) -> bool:
+    """Whether an earlier run made this very picture; InputError for one with other settings in its place."""
+    if not path.exists():
+        return False
+    try:
+        with Image.open(path) as file:
+            made = file.info.get("parameters")
+    except (OSError, UnidentifiedImageError):
+        made = None
+    if made != parameters:
+        raise InputError(f"{path} is there already, made with another prompt or other settings; choose another --out")
+    return True
+
+
 def main() -> None:
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    warnings.showwarning = lambda message, *_: tqdm.write(f"note: {message}", file=sys.stderr)
     args = parse_arguments()
     prompts = read_prompts(args)
-    paths = picture_paths(args, len(prompts))
     init_image = read_image(args) if args.init_image else None
+    config = read_config(args.model)
+    freeu, cache = read_freeu(args, config.family), read_cache(args)
+    if init_image is not None:
+        height, width = init_image.shape[-2:]
+    else:
+        height, width = (config.size if side is None else side for side in (args.height, args.width))
+    paths = picture_paths(args, len(prompts))
+    parameters = [parameters_text(args, prompt, args.seed + k, height, width) for k, prompt in enumerate(prompts)]
 
     # Under torchrun each process takes every world-th picture; nothing is exchanged: a picture depends on its seed only
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    todo = [k for k in range(rank, len(prompts), world) if args.out.suffix == ".png" or not paths[k].exists()]
+    mine = range(rank, len(prompts), world)
+    todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
-        freeu, cache = read_freeu(args, sd.config.family), read_cache(args, sd.unet)
-        init = None if init_image is None else sd.encode(init_image.to(sd.device), args.vae_tile)
-        height, width = init_image.shape[-2:] if args.init_image else (args.height or sd.config.size,
-                                                                       args.width or sd.config.size)
+        read_cache(args, sd.unet)
+        init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 
     for start in range(0, len(todo), args.batch_size):
         batch, started = todo[start:start + args.batch_size], time.time()
@@ -456,19 +523,18 @@ def main() -> None:
             latents = sd.sample(
                 [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], height=height, width=width, eta=args.eta,
-                spacing=args.spacing, freeu=freeu, cache=cache, strength=args.strength,
-                init=None if init is None else init.expand(len(batch), -1, -1, -1),
+                spacing=args.spacing, freeu=freeu, cache=cache, init=init, strength=args.strength,
                 callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)
         for k, image in zip(batch, images):
-            save_png(image, paths[k], parameters_text(args, prompts[k], args.seed + k, height, width, freeu))
+            save_png(image, paths[k], parameters[k])
             memory = f"peak memory {peak_memory(sd.device):.2f} GB"
             print(f"{paths[k]}  seed {args.seed + k}  {seconds:.1f} s  {memory}", flush=True)
-    if len(todo) < len(range(rank, len(prompts), world)):
-        print(f"{len(range(rank, len(prompts), world)) - len(todo)} pictures were there already in {args.out}")
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} pictures were there already in {args.out}")
     if args.grid:
-        sheet = args.out.with_stem(f"{args.out.stem}_grid") if args.out.suffix == ".png" else args.out / "grid.png"
+        sheet = args.out.with_stem(f"{args.out.stem}_grid") if args.one_file else args.out / "grid.png"
         save_grid(paths, sheet)
         print(sheet)
 

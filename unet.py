@@ -219,7 +219,11 @@ class Unit(NamedTuple):
 
 
 class PerUnit(NamedTuple):
-    """One value for each unit of the flat list: the time's shifts, or the text's keys and values."""
+    """One value for each unit of the flat list.
+
+    Of the time: the ResBlock's shift (B, C_out), or None in a unit without one; the middle has a pair. Of the text:
+    keys and values for each TransformerBlock, or None in a unit without attention.
+    """
     down: list[Any]
     mid: Any
     up: list[Any]
@@ -356,8 +360,12 @@ class UNet(nn.Module):
                 raise ValueError("this U-Net needs the added condition (SDXL: pooled text and image sizes): pass added")
             emb = emb + self.add_embedding(added)
         emb = F.silu(emb)
-        return self.per_unit(lambda unit: unit.resnet and unit.resnet.time_emb_proj(emb),
-                             [resnet.time_emb_proj(emb) for resnet in self.mid_block.resnets])
+
+        def shift(unit: Unit) -> Tensor | None:
+            return None if unit.resnet is None else unit.resnet.time_emb_proj(emb)
+        return PerUnit([shift(unit) for unit in self.down_units()],
+                       [resnet.time_emb_proj(emb) for resnet in self.mid_block.resnets],
+                       [shift(unit) for unit in self.up_units()])
 
     def embed_schedule(self, timesteps: Tensor, added: Tensor | None = None) -> list[PerUnit]:
         """`embed_time` for a whole schedule (S,) at once: S values, to be passed to `forward` one a step."""
@@ -374,11 +382,12 @@ class UNet(nn.Module):
     def embed_text(self, context: Tensor) -> PerUnit:
         """Text embeddings (B, L, D) to the keys and values of every cross-attention: they don't depend on the step."""
         def keys_values(attention: SpatialTransformer | None) -> list[tuple[Tensor, Tensor]] | None:
-            return attention and [block.attn2.keys_values(context) for block in attention.transformer_blocks]
-        return self.per_unit(lambda unit: keys_values(unit.attention), keys_values(self.mid_block.attentions[0]))
-
-    def per_unit(self, value: Any, mid: Any) -> PerUnit:
-        return PerUnit([value(unit) for unit in self.down_units()], mid, [value(unit) for unit in self.up_units()])
+            if attention is None:
+                return None
+            return [block.attn2.keys_values(context) for block in attention.transformer_blocks]
+        return PerUnit([keys_values(unit.attention) for unit in self.down_units()],
+                       keys_values(self.mid_block.attentions[0]),
+                       [keys_values(unit.attention) for unit in self.up_units()])
 
 
 def pairs(level: Level) -> list[tuple[ResBlock, SpatialTransformer | None]]:

@@ -97,7 +97,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """A bag of layers at the smallest resolution: ResBlock, attention, ResBlock."""
+    """The smallest resolution: ResBlock, attention, ResBlock. (B, C, h, w) -> (B, C, h, w)"""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -175,7 +175,7 @@ class VAE(nn.Module):
         H and W are multiples of `config.factor`. tile: side of a tile in latent pixels (at least 8), or None to
         encode the image in one piece; with tiles, memory beyond the result doesn't grow with the image.
         """
-        factor, c = self.config.factor, self.config.latent_channels
+        factor, c, x = self.config.factor, self.config.latent_channels, x.to(self.quant_conv.weight.dtype)
         if x.shape[-2] % factor or x.shape[-1] % factor:
             raise ValueError(f"image size {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor}: crop or resize it")
         if tile is None:
@@ -195,6 +195,7 @@ class VAE(nn.Module):
         quarter and are blended linearly; memory beyond the result doesn't grow with the image. A tile normalises
         its own pixels (GroupNorm, attention), so the result differs slightly from the image in one piece.
         """
+        z = z.to(self.post_quant_conv.weight.dtype)
         if tile is None:
             return self.decoder(self.post_quant_conv(z))
         factor = self.config.factor

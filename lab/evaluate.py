@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from folder import InputError, replacing, run_command
 from lab import shapes
-from sampler import SAMPLERS
+from sampler import SAMPLERS, plan
 from txt2img import TINY, StableDiffusion
 
 
@@ -89,6 +89,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.kind not in shapes.KINDS or args.n < 1:
         raise InputError(f"--kind is one of {', '.join(shapes.KINDS)}, and --n at least 1")
+    try:
+        plan(args.sampler, args.steps)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     prompts = read_prompts(args.from_file) if args.from_file else make_prompts(args.kind, args.n)
     sd, started = StableDiffusion.load(args.model), time.time()
     if sd.config.family != "tiny":

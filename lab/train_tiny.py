@@ -9,6 +9,7 @@ Every process draws its own scenes from (seed, rank); gradients are averaged, so
 Source: latent diffusion, arXiv 2112.10752, sections 3.1 and 3.2; classifier-free guidance, arXiv 2207.12598.
 """
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import clip_text
 from clip_text import TextEncoder
-from folder import ModelConfig, replacing, run_command, write_config
+from folder import ModelConfig, open_safetensors, replacing, run_command, write_config
 from lab import shapes
 from sampler import NoiseSchedule
 from unet import CONFIGS, UNet
@@ -212,17 +213,25 @@ def make_tokenizer() -> Tokenizer:
 
 
 def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every scene's latent, (S, 4, 16, 16) float16: encoded once, kept in a file."""
-    if not path.exists():
-        stats = []
-        with torch.no_grad():
-            for start in tqdm(range(0, len(scenes), 64), desc="encoding", disable=rank() > 0, mininterval=5):
-                images = np.stack([shapes.draw(scene, SIZE, SIZE) for scene in scenes[start:start + 64]])
-                mean, logvar = vae.encode(to_tensor(images).to(device))
-                stats.append(torch.stack([mean, (0.5 * logvar).exp()]).half().cpu())
-        with replacing(path) as part:
-            save_file({"latents": torch.cat(stats, dim=1)}, part)
-    return tuple(load_file(path)["latents"])
+    """Mean and standard deviation of every scene's latent, (S, 4, 16, 16) float16: encoded once, kept in a file.
+
+    The file is used again only for the same scenes and the same autoencoder.
+    """
+    made_of = hashlib.sha256(repr(scenes).encode() + b"".join(p.cpu().numpy().tobytes() for p in vae.parameters()))
+    if path.exists():
+        with open_safetensors(path) as file:
+            if (file.metadata() or {}).get("made_of") == made_of.hexdigest():
+                return tuple(file.get_tensor("latents"))
+    stats = []
+    with torch.no_grad():
+        for start in tqdm(range(0, len(scenes), 64), desc="encoding", disable=rank() > 0, mininterval=5):
+            images = np.stack([shapes.draw(scene, SIZE, SIZE) for scene in scenes[start:start + 64]])
+            mean, logvar = vae.encode(to_tensor(images).to(device))
+            stats.append(torch.stack([mean, (0.5 * logvar).exp()]).half().cpu())
+    latents = torch.cat(stats, dim=1)
+    with replacing(path) as part:
+        save_file({"latents": latents}, part, metadata={"made_of": made_of.hexdigest()})
+    return tuple(latents)
 
 
 def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_count: int, seed: int,
@@ -239,7 +248,7 @@ def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_co
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
         model = TextToNoise()
-        start_from_zero(model)
+        initialize(model)
     run = Run(model, work / "unet.pt", device)
     parallel = distributed(model)
     rng = np.random.default_rng([seed, 3, rank(), run.step])
@@ -267,8 +276,8 @@ def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_co
     train(run, steps, 1e-3, 1000, loss_of, "text + U-Net", finish)
 
 
-def start_from_zero(model: TextToNoise) -> None:
-    """Every residual branch of the U-Net begins as zero, so that the untrained network is the identity plus nothing."""
+def initialize(model: TextToNoise) -> None:
+    """The last layer of each ResBlock and SpatialTransformer, and of the U-Net, begins at zero; embeddings small."""
     for name, p in model.unet.named_parameters():
         if any(part in name for part in ("conv2.", "proj_out.", "conv_out.")):
             nn.init.zeros_(p)

@@ -1,4 +1,5 @@
 """txt2img.py: the class, the command line, its files, and one clear line for every kind of bad input."""
+import argparse
 import json
 import os
 import subprocess
@@ -186,6 +187,8 @@ def test_a_prompt_file_is_resumed_where_it_stopped(narrow, tmp_path, command):
     (out / "00001_5.png").unlink()
     code, stdout, _ = command(*arguments)
     assert code == 0 and "2 pictures were there already" in stdout
+    code, _, stderr = command(*arguments, "--cfg-scale", 3)
+    assert code == 2 and "made with another prompt or other settings" in stderr
     assert (out / "00000_4.png").stat().st_mtime_ns == first and np.array_equal(pixels(out / "00001_5.png"), kept)
 
 
@@ -216,10 +219,30 @@ def test_img2img_starts_from_a_picture_and_strength_zero_returns_it(narrow, tmp_
     assert not np.array_equal(pixels(out), kept)
 
 
+def test_start_pictures_of_every_kind_are_read_as_they_look(tmp_path):
+    args = argparse.Namespace(init_image=tmp_path / "x.png", width=8, height=8)
+    for picture, want in ((Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 1.0), (Image.new("L", (8, 8), 128), 128 / 255),
+                          (Image.fromarray(np.full((8, 8), 30000, np.uint16)), 117 / 255)):
+        picture.save(args.init_image)
+        assert torch.allclose(txt2img.read_image(args), torch.tensor(want), atol=1e-6)
+
+
+def test_wrong_shapes_and_counts_are_named(narrow):
+    sd = StableDiffusion.load(narrow)
+    for settings, words in ((dict(noise=torch.zeros(2, 4, 8, 8)), "noise has shape"), (dict(seed=[1, 2]), "2 seeds"),
+                            (dict(init=torch.zeros(1, 4, 4, 4), height=32, width=32), "init has shape"),
+                            (dict(negative_prompt=["a", "b"]), "2 negative prompts")):
+        with pytest.raises(InputError, match=words):
+            sd.sample("a circle", steps=1, **settings)
+    with pytest.raises(InputError, match="a prompt is a text"):
+        sd.sample([], steps=1)
+
+
 def test_the_help_shows_every_default(command):
     code, stdout, _ = command("--help")
     assert code == 0
     assert all(text in stdout for text in ("(default: 30)", "(default: 7.5)", "(default: ddim)", "models/tiny"))
+    assert "(default: None)" not in stdout
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -244,6 +267,9 @@ def test_the_help_shows_every_default(command):
     (["a circle", "--init-image", "nowhere.png"], "can't read the picture nowhere.png"),
     (["a circle", "--model", "nowhere"], "convert_weights.py SOURCE nowhere"),
     (["a circle", "--device", "abacus"], "abacus"),
+    (["a circle", "--device", "meta"], "use cpu, cuda, mps or xpu"),
+    (["a circle", "--out", "f.jpg"], "only PNG files are written"),
+    (["a circle", "--width", "80000000000"], "the largest is 65536"),
 ])
 def test_bad_arguments_end_in_one_clear_line(arguments, words, narrow, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -292,6 +318,12 @@ def cut(path: Path) -> None:
     (lambda p: (p / "unet.safetensors").write_bytes(b"\x80\x04pickle"), "not a complete safetensors file"),
     (edit_config(lambda c: c["unet"].update(chanels=[8])), "did you mean channels?"),
     (edit_config(lambda c: c.pop("size")), "incomplete"),
+    (edit_config(lambda c: c.update(size="64")), "not a number of pixels"),
+    (edit_config(lambda c: c.update(family="foo")), "sd15, sd21, sdxl, tiny"),
+    (edit_config(lambda c: c.update(prediction="sample")), "epsilon, v"),
+    (edit_config(lambda c: c.update(schedule=None)), "not a JSON object"),
+    (edit_config(lambda c: c["schedule"].update(spacing="foo")), "trailing"),
+    (edit_config(lambda c: c["unet"].update(groups=7)), "can be built"),
     (edit_config(lambda c: c["unet"].update(channels=[8, 24])), "has shape"),
     (edit_config(lambda c: c["text_encoder"].update(vocab=5)), "the text encoder knows 5"),
     (edit_unet(lambda s: s.pop("conv_in.bias")), "lacks 1 tensors"),
@@ -363,11 +395,10 @@ def test_freeu_flags_change_the_picture_and_are_written_into_it(narrow, tmp_path
         return pixels(tmp_path / "p.png"), Image.open(tmp_path / "p.png").text["parameters"]
     plain, text = run()
     assert "FreeU" not in text and np.array_equal(run("--freeu", "1,1,1,1")[0], plain)
-    for flags, words in ((["--freeu"], "FreeU: 1.3 1.4 0.9 0.2 version 2"),
+    for flags, words in ((["--freeu"], 'FreeU: "preset version 2 channels 2x2 backbone 0:1 skip 0:1"'),
                          (["--freeu", "2,3,0,0.5", "--freeu-version", "1", "--freeu-backbone", "0:0.6", "--freeu-skip",
-                           "0.4:1"], "FreeU: 2 3 0 0.5 version 1"),
-                         (["--skip-tuning", "0.5"], "Skip scale: linear 0.5"),
-                         (["--scale-long", "0.7"], "Skip scale: 0.7")):
+                           "0.4:1"], 'FreeU: "2,3,0,0.5 version 1 channels 2x2 backbone 0:0.6 skip 0.4:1"'),
+                         (["--skip-tuning", "0.5"], "Skip-Tuning: 0.5"), (["--scale-long", "0.7"], "ScaleLong: 0.7")):
         picture, text = run(*flags)
         assert words in text and not np.array_equal(picture, plain)
 
@@ -392,7 +423,7 @@ def test_cache_flags_change_the_picture_and_an_interval_of_one_does_not(narrow, 
     assert np.array_equal(run("--cache", "deepcache", "--cache-interval", 1)[0], plain)
     assert np.array_equal(run("--cache", "faster", "--cache-keys", "every:1", "--cache-noise", 0)[0], plain)
     for flags, words in ((["deepcache", "--cache-branch", "1"], "DeepCache: interval 3 branch 1"),
-                         (["faster", "--cache-keys", "0,2", "--cache-parallel"], "Faster Diffusion: keys 0 2 noise")):
+                         (["faster", "--cache-keys", "0,2", "--cache-parallel"], "Faster Diffusion: \"keys 0,2 noise")):
         picture, text = run("--cache", *flags, "--freeu")
         assert words in text and "FreeU" in text and not np.array_equal(picture, plain)
 
