@@ -41,14 +41,18 @@ class Features:
     h: Tensor | None = None                     # the state that enters the first up unit that runs between key steps
     skips: list[Tensor] = field(default_factory=list)
     ahead: list[Tensor] = field(default_factory=list)     # parallel: predictions of this group's steps to come
-    units_run: int = 0                          # by this run so far, counting conv_in and the middle as one each
 
     def at(self, step: int) -> "Features":
         """Set for this step, by the loop."""
         self.key = step in self.keys
-        all_units = 2 * self.up_units + 1
-        self.units_run += all_units if self.key else (self.up_units if self.branch is None else 2 * self.branch + 2)
         return self
+
+    def units_run(self, first: int = 0) -> tuple[int, int]:
+        """How many units a run from step `first` executes, and how many without a cache: conv_in and the middle too."""
+        every, steps = 2 * self.up_units + 1, range(first, self.steps)
+        between = self.up_units if self.branch is None else 2 * self.branch + 2
+        encoders = sum(step in self.keys for step in steps)
+        return encoders * every + (len(steps) - encoders) * between, len(steps) * every
 
     @property
     def down(self) -> int | None:

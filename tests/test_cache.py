@@ -225,6 +225,14 @@ def test_exactly_the_planned_units_run():
     assert [c[2] for c in deep if c[0] == "decode"] == [0, 9, 9] * 3 + [0]
 
 
+def test_the_units_of_a_run_are_counted():
+    unet = UNETS[NARROW]
+    assert FasterDiffusion("paper").start(50, 0, unet).units_run() == (9 * 25 + 41 * 12, 50 * 25)
+    assert DeepCache(5, 1).start(50, 0, unet).units_run() == (10 * 25 + 40 * 4, 50 * 25)
+    assert DeepCache(5, 11).start(10, 7, unet).units_run(first=7) == (25 + 2 * 24, 3 * 25)
+    assert DeepCache(1).start(10, 0, UNETS[XL]).units_run() == (190, 190)
+
+
 def test_only_what_is_reused_is_kept():
     with torch.device("meta"):
         unet = UNet()                                    # SD 1.5 at 512 pixels
