@@ -515,8 +515,9 @@ def main() -> None:
         sd = StableDiffusion.load(args.model, device, args.dtype)
         read_cache(args, sd.unet)
         if cache is not None:
-            run, every = cache.start(args.steps, 0, sd.unet).units_run()
-            print(f"{args.cache}: {run} of {every} units of the U-Net run in {args.steps} steps", file=sys.stderr)
+            first = 0 if init_image is None else args.steps - int(args.steps * args.strength)
+            run, every = cache.start(args.steps, first, sd.unet).units_run(first)
+            print(f"{args.cache}: {run} of {every} units of the U-Net run per picture", file=sys.stderr)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 
     for start in range(0, len(todo), args.batch_size):
