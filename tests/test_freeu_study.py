@@ -1,0 +1,197 @@
+"""lab/freeu_study.py: the amplitude's known values, looking changes nothing, the search, and one small run."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from freeu import FreeU, damp_low_frequencies
+from lab import freeu_study
+from lab.freeu_study import ChannelChoice, Plain, Recorder, Runs, arms, mixed_prompts, relative_log_amplitude
+from txt2img import TINY, StableDiffusion
+from unet import UNet, UNetConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+NARROW = UNetConfig(channels=(8, 16, 32, 32), depth=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_dim=16, groups=8)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unet_call(freeu) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet(NARROW)
+    with torch.no_grad():
+        return unet(randn(4, 4, 16, 16), 500, randn(4, 5, 16, seed=1), freeu=freeu)
+
+
+# ------------------------------------------------------------------------------------------------------- amplitude
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 15), (16, 24), (30, 16)])
+def test_white_noise_has_its_plateau_and_scaling_changes_nothing(size):
+    x = randn(64, 64, *size)
+    frequency, relative, absolute = relative_log_amplitude(x)
+    assert relative[0] == 0 and abs(relative[1:].mean() - freeu_study.WHITE_NOISE) < 0.03
+    assert relative[1:].std() < 0.03
+    assert (relative_log_amplitude(5 * x)[1] - relative).abs().max() < 1e-5
+    assert (relative_log_amplitude(5 * x)[2] - absolute - math.log(5)).abs().max() < 1e-5
+    n = min(size)
+    assert len(frequency) == math.ceil(n / 2) and torch.allclose(frequency, 2 * torch.arange(math.ceil(n / 2)) / n)
+
+
+def test_a_square_map_is_read_along_its_main_diagonal():
+    i = torch.arange(16)
+    wave = torch.cos(2 * math.pi * 3 * (i[:, None] + i) / 16) + 1
+    frequency, relative, _ = relative_log_amplitude(wave[None, None])
+    assert relative[3] == pytest.approx(-math.log(2), abs=1e-4) and frequency[3] == 6 / 16
+    assert relative[[1, 2, 4, 5, 6, 7]].max() < -10
+
+
+def test_the_skip_filter_lifts_the_whole_relative_curve_by_damping_the_mean():
+    x, s = randn(8, 4, 16, 16), 0.2
+    _, before, plain_before = relative_log_amplitude(x)
+    _, after, plain_after = relative_log_amplitude(damp_low_frequencies(x, s))
+    assert (after - before)[1] == pytest.approx(math.log((1 + s) / (2 * s)), abs=1e-3)                # 1.099
+    assert (after - before)[2:] == pytest.approx(torch.full((6,), -math.log(s)), abs=1e-3)            # 1.609
+    assert (plain_after - plain_before)[2:].abs().max() < 1e-3
+
+
+def test_the_two_bands_sum_to_the_image_and_constant_images_have_no_high_band():
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    low, high = freeu_study.bands(images)
+    assert (low + high - images).abs().max() < 1e-6 and high.mean().abs() < 1e-6
+    assert freeu_study.bands(torch.ones(1, 3, 16, 16))[1].abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------ in FreeU's place
+
+@pytest.mark.parametrize("inner", [None, FreeU(1.5, 1.6, 0.9, 0.2)])
+def test_the_recorder_changes_nothing_and_sees_every_layer(inner):
+    recorder = Recorder(inner, images=2)
+    now = recorder.at(0.0)
+    assert torch.equal(unet_call(now), unet_call(inner))
+    (met,) = recorder.steps
+    assert [m.skip.mean.shape[0] for m in met] == [2] * 3 + [4] * 3 + [8] * 3 + [16] * 3
+    changed = [m.entering.norm != m.backbone.norm for m in met]
+    assert changed == ([False] * 12 if inner is None else [True] * 10 + [False] * 2)
+
+
+def test_recording_a_whole_run_keeps_each_step_and_the_same_latents():
+    sd, prompts = StableDiffusion.load(TINY), ["a red circle", "a blue star"]
+    recorder = Recorder(FreeU(1.5, 1.6, 0.9, 0.2, skip=(0.5, 1.0)), images=2)
+    settings = {"steps": 2, "cfg_scale": 4.0}
+    assert torch.equal(sd.sample(prompts, freeu=recorder, **settings),
+                       sd.sample(prompts, freeu=recorder.inner, **settings))
+    assert [len(step) for step in recorder.steps] == [12, 12]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_first_half_of_the_channels_is_freeu_itself(version):
+    factors = (1.3, 1.4, 0.9, 0.2, version)
+    assert torch.equal(unet_call(ChannelChoice(*factors, which="first half")), unet_call(FreeU(*factors)))
+
+
+@pytest.mark.parametrize("which, chosen", [("all", range(32)), ("first half", range(16)),
+                                           ("second half", range(16, 32)), ("every other", range(0, 32, 2))])
+def test_a_choice_of_channels_scales_exactly_those(which, chosen):
+    h, skip = randn(2, 32, 4, 4), randn(2, 8, 4, 4, seed=1)
+    got, got_skip = ChannelChoice(1.5, 1.0, which=which)(h, skip, 0, NARROW)
+    expected = torch.stack([h[:, c] * (1.5 if c in chosen else 1.0) for c in range(32)], dim=1)
+    assert torch.equal(got, expected) and torch.equal(got_skip, skip)
+
+
+def test_plain_factors_act_in_every_layer():
+    h, skip = Plain(1.2, 0.8)(torch.ones(1, 3, 2, 2), torch.ones(1, 5, 2, 2), 11, NARROW)
+    assert h.eq(1.2).all() and skip.eq(0.8).all()
+    assert torch.equal(unet_call(Plain(1.0, 1.0)), unet_call(None))
+
+
+# ---------------------------------------------------------------------------------------------- search and measure
+
+def test_the_search_finds_the_best_region_of_a_toy_reward():
+    best = np.array([1.2, 1.5, 0.7, 0.4])
+    tried = freeu_study.search(lambda f: -float(np.abs(np.array(f) - best).max()), [(1.0, 1.0, 1.0, 1.0)], 200)
+    assert len(tried) == 200 and tried[0][1] == max(reward for _, reward in tried)
+    assert np.abs(np.array(tried[0][0]) - best).max() < 0.12
+
+
+def test_the_search_tries_what_is_known_and_stays_within_its_ranges():
+    known = [(1.0, 1.0, 1.0, 1.0), (1.3, 1.4, 0.9, 0.2)]
+    tried = [factors for factors, _ in freeu_study.search(lambda f: f[0], known, 40, seed=3)]
+    assert set(known) <= set(tried) and len(tried) == 40
+    assert (np.array(tried) >= freeu_study.LOW).all() and (np.array(tried) <= freeu_study.HIGH).all()
+
+
+def test_the_paired_interval_covers_the_difference_and_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(0)
+    base = rng.random(500) < 0.6
+    better = base | (rng.random(500) < 0.1)
+    low, high = freeu_study.paired_interval(better, base)
+    assert 0 < low < better.mean() - base.mean() < high < 0.08
+    assert freeu_study.paired_interval(base, base) == [0.0, 0.0]
+
+
+def test_prompts_cover_all_kinds_and_differ_between_search_and_measure():
+    assert len(mixed_prompts(50, 20_000)) == 50 and mixed_prompts(50, 20_000) != mixed_prompts(50, 30_000)
+
+
+def test_only_a_search_adds_its_arm():
+    assert "searched" not in arms("tiny", None) and arms("tiny", (1.1, 1.2, 0.9, 0.8))["searched"][1].s2 == 0.8
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+def test_a_small_run_writes_every_figure_and_measures_what_isnt_there_yet(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib (requirements-dev.txt)")
+    sd, settings = StableDiffusion.load(TINY), {"steps": 2, "cfg_scale": 1.0}
+    runs = Runs(sd, ["a red circle"], settings, preset=FreeU(1.3, 1.4, 0.9, 0.2))
+    freeu_study.make_figures(runs, tmp_path, {"U-Net": "x"})
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        "denoising", "spectra_over_steps", "spectra_of_layers_relative", "spectra_of_layers_log", "feature_maps",
+        "image_spectra", "b_s_grids_plain", "b_s_grids_freeu", "sheets_b_sweep", "sheets_channels",
+        "sheets_versions", "sheets_s_ablation"}
+    path = tmp_path / "freeu.json"
+    figures = json.loads(path.read_text())["figures"]
+    assert set(figures) == set(freeu_study.FIGURES)
+    assert figures["spectra_over_steps"]["its plateau"] == pytest.approx(freeu_study.WHITE_NOISE, abs=0.05)
+    assert len(figures["spectra_of_layers"]["layers"]) == 12
+
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    freeu_study.make_figures(runs, tmp_path, {"U-Net": "x"})          # all there: nothing is made
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == times
+
+    table = {name: arm for name, arm in arms("tiny", None).items() if name in ("base", "preset v2")}
+    freeu_study.measure(sd, path, table, settings, {"U-Net": "x"}, n=6, seed=0)
+    first = json.loads(path.read_text())
+    assert first["figures"] == figures and first["measure"]["base"]["over base"] == 0.0
+    freeu_study.measure(None, path, table, settings, {"U-Net": "x"}, n=6, seed=0)     # kept: needs no model
+    assert json.loads(path.read_text()) == first
+    freeu_study.tune(sd, path, settings, {"U-Net": "x"}, candidates=3, n=2, seed=0)
+    found = json.loads(path.read_text())["search"]
+    assert len(found["tried"]) == 3 and found["best"] == found["tried"][0][0]
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "lab.freeu_study", *map(str, arguments)], capture_output=True,
+                          text=True, cwd=ROOT)
+
+
+def test_a_model_without_a_judge_is_an_error_of_one_line(tmp_path):
+    config = json.loads((TINY / "config.json").read_text()) | {"family": "sd15"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = command("--model", tmp_path, "--out", tmp_path / "out", "--measure")
+    assert result.returncode == 2 and "need a judge" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--model", "nowhere"), "no model folder nowhere"), (("--steps", "0"), "steps must be 1 to 1000"),
+    (("--n", "3"), "--n must be"), (("--device", "nonsense"), "nonsense")])
+def test_bad_input_is_an_error_of_one_line(arguments, words):
+    result = command(*arguments)
+    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
