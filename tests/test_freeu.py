@@ -281,4 +281,4 @@ def test_bad_settings_are_named(settings, words):
 def test_there_is_a_preset_for_every_family_and_version():
     for version in (1, 2):
         for family in CONFIGS:
-            FreeU(*freeu.PRESETS[version][family], version=version)
+            assert FreeU(*freeu.PRESETS[version][family], version=version).at(0.5) is not None
