@@ -159,7 +159,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     context, negative_context: text embeddings (B, L, D). Guidance: negative + cfg_scale * (positive - negative), so
         that scale 1 is no guidance (and one pass instead of two) and 0 follows the negative prompt alone; a
         negative_context of None also means no guidance.
-    prediction: what the U-Net predicts, "epsilon" or "v". added, negative_added: SDXL's added conditions (B, add_dim).
+    prediction: what the U-Net predicts, "epsilon" or "v".
+    added, negative_added: SDXL's added conditions (B, add_dim); a negative_added of None: the same for both.
     eta: 0 is DDIM, 1 as much noise as DDPM; for "ddim" and the "euler" samplers ("euler-a" is "euler" with eta 1).
     generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
@@ -167,17 +168,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
     p = plan(sampler, steps, schedule, spacing)
-    if prediction not in ("epsilon", "v"):
-        raise ValueError(f"prediction is 'epsilon' or 'v', not {prediction!r}")
     eta = 1.0 if sampler == "euler-a" else eta
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, not {eta:g}")
-    if eta > 0 and sampler.startswith("dpm"):
-        raise ValueError(f"{sampler} is deterministic: leave eta at 0, or use ddim or euler-a")
-    if eta > 0 and generators is None:
-        raise ValueError(f"{sampler} with eta {eta:g} draws noise at every step: pass generators, one per image")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be between 0 and 1, not {strength:g}")
+    check_settings(sampler, prediction, eta, generators, strength)
     step = dpm_solver(p) if sampler.startswith("dpm") else ddim(p, eta, lambda: draw_noise(generators, noise))
 
     start = 0 if init is None else steps - int(steps * strength)
@@ -190,7 +182,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     guided = negative_context is not None and cfg_scale != 1
     if guided:
         context = torch.cat([negative_context, context])
-        added = None if added is None else torch.cat([negative_added, added])
+        added = None if added is None else torch.cat([added if negative_added is None else negative_added, added])
     model_dtype = context.dtype
     text, shifts = prepare(unet, context, p, added)
 
@@ -216,6 +208,21 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
             out = negative + cfg_scale * (positive - negative)
         x = step(i, x, *x0_and_eps(x, out, p.now[i], prediction))
         yield i, x
+
+
+def check_settings(sampler: str, prediction: str, eta: float, generators: list[torch.Generator] | None,
+                   strength: float) -> None:
+    """ValueError for what `generate` can't do."""
+    if prediction not in ("epsilon", "v"):
+        raise ValueError(f"prediction is 'epsilon' or 'v', not {prediction!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, not {eta:g}")
+    if eta > 0 and sampler.startswith("dpm"):
+        raise ValueError(f"{sampler} is deterministic: leave eta at 0, or use ddim or euler-a")
+    if eta > 0 and generators is None:
+        raise ValueError(f"{sampler} with eta {eta:g} draws noise at every step: pass generators, one per image")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be between 0 and 1, not {strength:g}")
 
 
 def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan,
