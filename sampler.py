@@ -149,6 +149,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
              *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
+             freescale: None = None, masks: None = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
              ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
@@ -165,8 +166,11 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
     cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
+    freescale, masks: names kept for these techniques, which are not here yet; anything but None is an error.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
+    if freescale is not None or masks is not None:
+        raise ValueError("FreeScale and masks are not here yet: leave freescale and masks at None")
     p = plan(sampler, steps, schedule, spacing)
     eta = 1.0 if sampler == "euler-a" else eta
     check_settings(sampler, prediction, eta, generators, strength)

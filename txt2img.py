@@ -124,7 +124,8 @@ class StableDiffusion:
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
-               cache: DeepCache | FasterDiffusion | None = None, init: Tensor | None = None, strength: float = 0.8,
+               cache: DeepCache | FasterDiffusion | None = None, freescale: None = None, masks: None = None,
+               init: Tensor | None = None, strength: float = 0.8,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -163,8 +164,8 @@ class StableDiffusion:
         latents = noise
         for i, latents in generate(
                 self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
-                schedule=self.config.schedule, init=init, strength=strength):
+                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache, freescale=freescale,
+                masks=masks, schedule=self.config.schedule, init=init, strength=strength):
             if callback is not None:
                 callback(i, latents)
         if not latents.isfinite().all():
