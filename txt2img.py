@@ -338,8 +338,11 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
     group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
                        help="faster: prior noise injected in the second half")
-    args = parser.parse_args()
+    return check_arguments(parser.parse_args())
 
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
     read_freeu(args, "tiny")
     read_cache(args)
     try:                                                               # before gigabytes are loaded
@@ -424,7 +427,9 @@ def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache 
             elif keys[:1].isdigit():
                 keys = tuple(int(key) for key in keys.split(","))
             cache = FasterDiffusion(keys, args.cache_parallel, args.cache_max_batch, args.cache_noise)
-        cache.key_steps(args.steps) if unet is None else cache.start(args.steps, 0, unet)
+        cache.key_steps(args.steps)
+        if unet is not None:
+            cache.start(args.steps, 0, unet)
     except ValueError as error:
         raise InputError(str(error)) from None
     return cache

@@ -440,13 +440,21 @@ def mixed_prompts(n: int, seed: int) -> list[str]:
     return [prompt for turn in zip(*kinds) for prompt in turn][:n]
 
 
+def search_prompts(made_with: dict[str, Any]) -> list[str]:
+    """The prompts of a search with these settings; none where there was no search."""
+    return mixed_prompts(made_with["n"], seed=20_000 + made_with["seed"]) if made_with else []
+
+
 def tune(sd: StableDiffusion, path: Path, settings: dict[str, Any], made_with: dict[str, Any], candidates: int,
          n: int, seed: int) -> None:
-    """Search by the exact score of n pictures, whose prompts and noise `measure` doesn't use."""
+    """Search by the exact score of n pictures, of other draws of prompts and noise than those of `measure`.
+
+    The world has few short sentences, so both draw some prompts alike: `measure` also counts without these.
+    """
     made_with = {**made_with, "candidates": candidates, "n": n, "seed": seed}
     if read_json(path, "search").get("made with") == made_with:
         return
-    prompts = mixed_prompts(n, seed=20_000 + seed)
+    prompts = search_prompts(made_with)
     with tqdm(total=candidates, desc="search", unit="candidate") as bar:
         def reward(factors: Factors) -> float:
             verdicts, _ = evaluate(sd, prompts, batch=50, seed=1_000_000 + seed, freeu=FreeU(*factors), **settings)
@@ -483,7 +491,10 @@ def measure(sd: StableDiffusion, path: Path, table: dict[str, tuple[str, FreeU |
             made_with: dict[str, Any], n: int, seed: int) -> None:
     """Every arm draws the same n prompts from the same noise; prints and notes score and lead over base."""
     prompts, base = mixed_prompts(n, seed=30_000 + seed), None
-    print(f"{'arm':16s} score (95 % interval)    over base (95 %, paired)    n = {n}")
+    known = set(search_prompts(read_json(path, "search").get("made with", {})))
+    fresh = np.array([prompt not in known for prompt in prompts])
+    print(f"{'arm':16s} score (95 % interval)    over base (95 %, paired)    n = {n}; then the lead on those "
+          f"{fresh.sum()} whose prompts the search didn't have")
     for name, (text, freeu) in table.items():
         made = {**made_with, "what": text, "n": n, "seed": seed}
         arm = read_json(path, "measure").get(name, {})
@@ -494,11 +505,16 @@ def measure(sd: StableDiffusion, path: Path, table: dict[str, tuple[str, FreeU |
         base = right if base is None else base
         score, gain = float(right.mean()), float(right.mean() - base.mean())
         (low, high), (least, most) = wilson(score, n), paired_interval(right, base)
+        fresh_gain = float(right[fresh].mean() - base[fresh].mean()) if fresh.any() else math.nan
+        fresh_low, fresh_high = paired_interval(right[fresh], base[fresh]) if fresh.any() else (math.nan, math.nan)
         write_json(path, "measure", name, arm | {
             "score": score, "interval": [low, high], "over base": gain, "over base, interval": [least, most],
+            "prompts the search didn't have": {"n": int(fresh.sum()), "over base": fresh_gain,
+                                               "over base, interval": [fresh_low, fresh_high]},
             "by kind": {kind: float(right[k::len(KINDS)].mean()) for k, kind in enumerate(KINDS)}})
         print(f"{name:16s} {score:.3f} ({low:.3f} to {high:.3f})   "
-              f"{gain:+.3f} ({least:+.3f} to {most:+.3f})   {text}", flush=True)
+              f"{gain:+.3f} ({least:+.3f} to {most:+.3f})   "
+              f"{fresh_gain:+.3f} ({fresh_low:+.3f} to {fresh_high:+.3f})   {text}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- command line

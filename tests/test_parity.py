@@ -55,7 +55,7 @@ def peers():
         print(f"{error:14.1e} {gate:8.0e}  {what}")
 
 
-def check(what: str, ours: Tensor, theirs: Tensor, gate: float) -> None:
+def check_error(what: str, ours: Tensor, theirs: Tensor, gate: float) -> None:
     assert ours.shape == theirs.shape
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     FIGURES[what] = max(FIGURES[what], (error, gate))
@@ -139,7 +139,7 @@ def test_unet(family, dtype, gate):
     for size in ((8, 8), (16, 8), (7, 5)):
         x = random(5, 4, *size, dtype=dtype)
         for t in (torch.tensor([0, 1, 500, 999, 321.7]), torch.tensor(1), torch.tensor(999)):
-            check(f"unet {family} {dtype}", mine(x, t, context, added),
+            check_error(f"unet {family} {dtype}", mine(x, t, context, added),
                   peer(x, t, context, added_cond_kwargs=kwargs).sample, gate)
 
 
@@ -149,10 +149,10 @@ def test_vae(dtype, gate):
     for h, w in ((8, 8), (5, 9)):
         distribution = peer.encode(random(2, 3, 8 * h, 8 * w, dtype=dtype)).latent_dist
         mean, logvar = mine.encode(random(2, 3, 8 * h, 8 * w, dtype=dtype))
-        check(f"vae encode, mean {dtype}", mean, distribution.mean, gate)
-        check(f"vae encode, log-variance {dtype}", logvar, distribution.logvar, gate)
+        check_error(f"vae encode, mean {dtype}", mean, distribution.mean, gate)
+        check_error(f"vae encode, log-variance {dtype}", logvar, distribution.logvar, gate)
         z = random(2, 4, h, w, dtype=dtype)
-        check(f"vae decode {dtype}", mine.decode(z), peer.decode(z).sample, gate)
+        check_error(f"vae decode {dtype}", mine.decode(z), peer.decode(z).sample, gate)
 
 
 @pytest.mark.parametrize("dtype,gate", [(torch.float64, 1e-7), (torch.float32, FLOAT32)])
@@ -165,10 +165,10 @@ def test_text_encoder(family, part, dtype, gate):
     out, (context, pooled) = peer(ids, output_hidden_states=True), mine(ids)
     peer_context = out.last_hidden_state if mine.config.output == "final" else out.hidden_states[-2]
     what = f"{family} {part}, {mine.config.activation}, {mine.config.output}"
-    check(f"{what} {dtype}", context, peer_context, gate)
+    check_error(f"{what} {dtype}", context, peer_context, gate)
     assert (pooled is None) == (part == "text_encoder")
     if pooled is not None:
-        check(f"{what}, pooled {dtype}", pooled, out.text_embeds, gate)
+        check_error(f"{what}, pooled {dtype}", pooled, out.text_embeds, gate)
 
 
 # ---- samplers ----
@@ -216,7 +216,7 @@ def test_every_step_of_every_sampler(sampler, eta, spacing, family):
                          spacing, eta, generators(2)))
     assert [i for i, _ in ours] == list(range(8))
     for (_, a), b in zip(ours, steps):
-        check(f"every step of {sampler}, eta {eta:g}, {family}", a, b, TRAJECTORY)
+        check_error(f"every step of {sampler}, eta {eta:g}, {family}", a, b, TRAJECTORY)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
@@ -230,7 +230,7 @@ def test_ddim_inversion(family):
     assert [i for i, _ in ours] == list(range(7, -1, -1))
     for (_, a), t in zip(ours, schedule.timesteps, strict=True):
         x = schedule.step(peer(x, t, context).sample, t, x).prev_sample
-        check(f"every step of DDIM inversion, {family}", a, x, TRAJECTORY)
+        check_error(f"every step of DDIM inversion, {family}", a, x, TRAJECTORY)
 
 
 # ---- the whole pipeline ----
@@ -286,6 +286,6 @@ def test_pipeline(pipelines, sampler, eta, negative, given):
                    output_type="latent").images
     ours = sd.sample(PROMPTS, negative, steps=8, sampler=sampler, eta=eta, seed=11, noise=noise, height=64,
                      width=128)
-    check(f"pipeline {family}, {sampler}, eta {eta:g}, negative {negative!r}, {given}", ours, latents, TRAJECTORY)
+    check_error(f"pipeline {family}, {sampler}, eta {eta:g}, negative {negative!r}, {given}", ours, latents, TRAJECTORY)
     image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    check(f"pipeline {family}, image", sd.decode(ours), pipe.image_processor.postprocess(image, "pt"), IMAGE)
+    check_error(f"pipeline {family}, image", sd.decode(ours), pipe.image_processor.postprocess(image, "pt"), IMAGE)
