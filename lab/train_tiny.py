@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -149,22 +150,23 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.devic
         torch.random.manual_seed(seed)                                 # initial weights
         model = Reconstruct()
     run = Run(model, work / "vae.pt", device)
-    rng = np.random.default_rng([seed, 1, rank(), run.step])
     parallel = distributed(model)
-    crowded: list[np.ndarray] = []
 
-    def picture(step: int) -> np.ndarray:
-        if step > steps * 3 // 4:
+    @cache
+    def crowd(k: int) -> np.ndarray:
+        return shapes.draw(shapes.dense_scene(np.random.default_rng([seed, 1, rank(), 0, k])), SIZE, SIZE)
+
+    def picture(whole: bool, rng: np.random.Generator) -> np.ndarray:
+        if whole:
             return shapes.draw(shapes.random_scene(rng), SIZE, SIZE)
-        if len(crowded) < 5_000:
-            crowded.append(shapes.draw(shapes.dense_scene(rng), SIZE, SIZE))
-        image = crowded[-1] if len(crowded) < 5_000 else crowded[rng.integers(len(crowded))]
         y, x = rng.integers(SIZE // 2 + 1, size=2)
-        return image[y:y + SIZE // 2, x:x + SIZE // 2]
+        return crowd(int(rng.integers(5_000)))[y:y + SIZE // 2, x:x + SIZE // 2]
 
     def loss_of(step: int) -> Tensor:
-        n = batch if step <= steps * 3 // 4 else batch // 4            # whole pictures have four times the pixels
-        x = to_tensor(np.stack([picture(step) for _ in range(n)])).to(device)
+        rng = np.random.default_rng([seed, 1, rank(), 1, step])        # a new one a step: a resumed run is the same
+        whole = step >= steps * 3 // 4
+        n = batch // 4 if whole else batch                             # whole pictures have four times the pixels
+        x = to_tensor(np.stack([picture(whole, rng) for _ in range(n)])).to(device)
         noise = torch.from_numpy(rng.standard_normal((n, 4, x.shape[2] // 4, x.shape[3] // 4), np.float32)).to(device)
         y, mean, logvar = parallel(x, noise)
         edges = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
@@ -304,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="model folder to write (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=2700, help="optimiser steps of stage 1 (%(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")
     parser.add_argument("--steps", type=int, default=9000, help="optimiser steps of stage 2 (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
