@@ -2,6 +2,8 @@
 
 config.json                 family, prediction, schedule, native size, and the config of every component
 unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
+image_encoder.safetensors   where the text encoder's CLIP has its image tower beside it, as the tiny model's has; no
+                            picture needs it, `reward.py` reads it
 Also here: `InputError`, the one kind of error that a command shows as a single line, and `run_command`, which does so.
 """
 import contextlib
@@ -18,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from clip_text import TextConfig
+from clip_image import ImageConfig
+from clip_text import TextConfig, Tokenizer
 from sampler import NoiseSchedule
 from unet import UNetConfig
 from vae import VAEConfig
@@ -45,6 +48,7 @@ class ModelConfig:
     vae: VAEConfig
     text_encoder: TextConfig
     text_encoder_2: TextConfig | None = None     # SDXL only
+    image_encoder: ImageConfig | None = None     # CLIP's image tower, the other half of `text_encoder`
     zero_negative: bool = False                  # SDXL: no negative prompt (None) means zeros, not the text ""
 
 
@@ -65,9 +69,9 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(data, dict) or "family" not in data:
         raise InputError(f"{path} doesn't describe a converted model; {convert}")
     parts = {"schedule": NoiseSchedule, "unet": UNetConfig, "vae": VAEConfig,
-             "text_encoder": TextConfig, "text_encoder_2": TextConfig}
+             "text_encoder": TextConfig, "text_encoder_2": TextConfig, "image_encoder": ImageConfig}
     for name, kind in parts.items():
-        if name in data and (name, data[name]) != ("text_encoder_2", None):
+        if name in data and not (data[name] is None and name in ("text_encoder_2", "image_encoder")):
             data[name] = from_json(kind, data[name], f"{path}, {name}")
     config = from_json(ModelConfig, data, str(path))
     legal = {"family": FAMILIES, "prediction": ("epsilon", "v"), "spacing": (None, "leading", "linspace", "trailing")}
@@ -127,6 +131,20 @@ def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtyp
             state[name] = tensor.to(device=device, dtype=dtype)
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def load_tokenizer(path: Path, vocab: int) -> Tokenizer:
+    """tokenizer.json, checked against the size of the text encoder's vocabulary."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; convert the model again")
+    try:
+        tokenizer = Tokenizer(path)
+    except Exception as error:                   # the tokenizers library raises nothing narrower
+        raise InputError(f"{path} is not a CLIP tokenizer ({error}); convert the model again") from None
+    if tokenizer.end >= vocab:
+        raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows {vocab}; convert the "
+                         "model again with the tokenizer that belongs to it")
+    return tokenizer
 
 
 def check_names(have: list[str], wanted: list[str], where: str) -> None:

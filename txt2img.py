@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ except ImportError:
 
 from cache import DeepCache, FasterDiffusion
 from clip_text import TextEncoder, Tokenizer
-from folder import InputError, ModelConfig, build, load_weights, read_config, replacing, run_command
+from folder import InputError, ModelConfig, build, load_tokenizer, load_weights, read_config, replacing, run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
@@ -60,7 +61,7 @@ class StableDiffusion:
         """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit."""
         folder = Path(folder)
         config = read_config(folder)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", config)
+        tokenizer = load_tokenizer(folder / "tokenizer.json", config.text_encoder.vocab)
         unet, vae = build(UNet, config.unet), build(VAE, config.vae)
         texts = [build(TextEncoder, c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
         load_weights(unet, folder / "unet.safetensors", device, dtype)
@@ -206,20 +207,6 @@ def tile_side(tile: int | None, latents: Tensor) -> int | None:
     return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
 
 
-def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
-    """tokenizer.json, checked against the text encoder's vocabulary."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; convert the model again")
-    try:
-        tokenizer = Tokenizer(path)
-    except Exception as error:                                         # the tokenizers library raises nothing narrower
-        raise InputError(f"{path} is not a CLIP tokenizer ({error}); convert the model again") from None
-    if tokenizer.end >= config.text_encoder.vocab:
-        raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows "
-                         f"{config.text_encoder.vocab}; convert the model again with the tokenizer that belongs to it")
-    return tokenizer
-
-
 def check_size(height: int, width: int) -> tuple[int, int]:
     """InputError for a side that is not a positive multiple of 8, naming the nearest that are, or beyond reason."""
     for name, side in (("height", height), ("width", width)):
@@ -292,7 +279,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
                                      formatter_class=HelpFormatter)
     parser.add_argument("prompt", nargs="?", help="what the picture should show")
@@ -338,7 +325,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
     group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
                        help="faster: prior noise injected in the second half")
-    return check_arguments(parser.parse_args())
+    return check_arguments(parser.parse_args(argv))
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -435,6 +422,14 @@ def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache 
     return cache
 
 
+def sample_settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+    """The flags as arguments of `StableDiffusion.sample`, all but prompts, seeds and starting picture."""
+    height, width = (config.size if side is None else side for side in (args.height, args.width))
+    return {"negative_prompt": args.negative_prompt, "steps": args.steps, "sampler": args.sampler,
+            "cfg_scale": args.cfg_scale, "height": height, "width": width, "eta": args.eta, "spacing": args.spacing,
+            "freeu": read_freeu(args, config.family), "cache": read_cache(args), "strength": args.strength}
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts in order, each as often as --n says."""
     prompts = [args.prompt]
@@ -504,13 +499,12 @@ def main() -> None:
     prompts = read_prompts(args)
     init_image = read_image(args) if args.init_image else None
     config = read_config(args.model)
-    freeu, cache = read_freeu(args, config.family), read_cache(args)
+    settings = sample_settings(args, config)
     if init_image is not None:
-        height, width = init_image.shape[-2:]
-    else:
-        height, width = (config.size if side is None else side for side in (args.height, args.width))
+        settings["height"], settings["width"] = init_image.shape[-2:]
     paths = picture_paths(args, len(prompts))
-    parameters = [parameters_text(args, prompt, args.seed + k, height, width) for k, prompt in enumerate(prompts)]
+    parameters = [parameters_text(args, prompt, args.seed + k, settings["height"], settings["width"])
+                  for k, prompt in enumerate(prompts)]
 
     # Under torchrun each process takes every world-th picture; nothing is exchanged: a picture depends on its seed only
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -520,9 +514,9 @@ def main() -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
         read_cache(args, sd.unet)
-        if cache is not None:
+        if settings["cache"] is not None:
             first = 0 if init_image is None else args.steps - int(args.steps * args.strength)
-            run, every = cache.start(args.steps, first, sd.unet).units_run(first)
+            run, every = settings["cache"].start(args.steps, first, sd.unet).units_run(first)
             print(f"{args.cache}: {run} of {every} units of the U-Net run per picture", file=sys.stderr)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 
@@ -531,9 +525,7 @@ def main() -> None:
         with tqdm(total=args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
                   disable=rank > 0) as bar:
             latents = sd.sample(
-                [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
-                cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], height=height, width=width, eta=args.eta,
-                spacing=args.spacing, freeu=freeu, cache=cache, init=init, strength=args.strength,
+                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init, **settings,
                 callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)
