@@ -33,8 +33,10 @@ from clip_image import ImageEncoder
 from clip_text import TextEncoder
 from folder import ModelConfig, open_safetensors, replacing, run_command, write_config
 from lab import shapes
+from lab.evaluate import evaluate
 from reward import ClipReward
 from sampler import NoiseSchedule
+from txt2img import StableDiffusion
 from unet import CONFIGS, UNet
 from vae import VAE, VAEConfig
 
@@ -43,22 +45,24 @@ VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)  
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
 IMAGE_CONFIG = clip_image.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
+MODEL_CONFIG = ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
+                           vae=VAE_CONFIG, text_encoder=TEXT_CONFIG, image_encoder=IMAGE_CONFIG)
 
 
 class Run:
-    """A training run: model, optimiser, averaged weights, progress and loss curve; knows how to save and resume."""
+    """A training run: model, optimiser, averaged weights, progress, loss and score; knows how to save and resume."""
 
     def __init__(self, model: nn.Module, path: Path, device: torch.device):
         self.model, self.path = model.to(device), path
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {name: p.detach().clone() for name, p in model.state_dict().items()}
-        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.step, self.seconds, self.curve, self.scores = 0, 0.0, [], []
         if path.exists():
             state = torch.load(path, map_location=device, weights_only=True)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.curve = state["average"], state["curve"]
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step, self.seconds, self.scores = state["step"], state["seconds"], state["scores"]
 
     def update(self, loss: Tensor, lr: float) -> None:
         """One optimiser step, and the exponential moving average whose memory grows to the last 2,000 steps."""
@@ -78,7 +82,7 @@ class Run:
             with replacing(self.path) as path:
                 torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                             "average": self.average, "step": self.step, "seconds": self.seconds,
-                            "curve": self.curve}, path)
+                            "curve": self.curve, "scores": self.scores}, path)
 
 
 def rank() -> int:
@@ -114,8 +118,8 @@ def train(run: Run, steps: int, peak_lr: float, save_every: int, loss_of: Callab
             bar.set_postfix(loss=f"{run.curve[-1][1]:.4f}")
             recent.clear()
         if run.step % save_every == 0 or run.step == steps:
-            run.save()
             on_save()
+            run.save()
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: autoencoder
@@ -337,9 +341,36 @@ def train_unet(vae: VAE, text: TextEncoder, scenes: list[shapes.Scene], tokenize
         if rank() == 0:
             averaged = UNet(UNET_CONFIG).to(device)
             averaged.load_state_dict(run.average)
-            finish(averaged, run)
+            finish(averaged.eval().requires_grad_(False), run)
 
     train(run, steps, 1e-3, 1000, loss_of, "U-Net", average)
+
+
+def score(sd: StableDiffusion, per_half: int = 8) -> dict[str, float]:
+    """Shares of right pictures of a few prompts of each kind and half, other prompts than the benchmark's."""
+    rows = [row for kind in shapes.KINDS for seen in (True, False)
+            for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
+    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=48, seed=1_000_000, steps=20, cfg_scale=5.0)
+    share = lambda **of: float(np.mean([v.ok for v, row in zip(verdicts, rows) if of.items() <= row.items()]))
+    return {"overall": share(), "seen": share(seen=True), "unseen": share(seen=False),
+            **{kind: share(kind=kind) for kind in shapes.KINDS}}
+
+
+def draw_curve(facts: dict, path: Path) -> None:
+    """The score against the samples seen, of a training.json."""
+    import matplotlib  # a development requirement
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in facts["scores"][0][1]:
+        width = {"overall": 2.5, "seen": 1.5, "unseen": 1.5}.get(name, 0.8)
+        axis.plot([n / 1000 for n, _ in facts["scores"]], [shares[name] for _, shares in facts["scores"]], "o-",
+                  label=name, linewidth=width, markersize=width + 1)
+    axis.set(xlabel="thousand samples", ylabel="share of right pictures", ylim=(0, 1))
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, ncols=2)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
 
 
 def write_folder(out: Path, vae: VAE, clip: ClipReward, unet: UNet, facts: dict) -> None:
@@ -352,9 +383,7 @@ def write_folder(out: Path, vae: VAE, clip: ClipReward, unet: UNet, facts: dict)
         make_tokenizer().save(str(path))
     with replacing(out / "training.json") as path:
         path.write_text(json.dumps(facts) + "\n")
-    write_config(out, ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(),
-                                  unet=UNET_CONFIG, vae=VAE_CONFIG, text_encoder=TEXT_CONFIG,
-                                  image_encoder=IMAGE_CONFIG))
+    write_config(out, MODEL_CONFIG)
 
 
 def main() -> None:
@@ -368,7 +397,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--curve", type=Path, metavar="PNG", help="instead: draw the score of OUT against samples")
     args = parser.parse_args()
+    if args.curve:
+        return draw_curve(json.loads((args.out / "training.json").read_text()), args.curve)
     device = torch.device(args.device)
     if "RANK" in os.environ:                                           # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -387,10 +419,13 @@ def main() -> None:
     clip, clip_run = train_clip(scenes, tokenizer, args.work, args.clip_steps, 2 * args.batch, args.seed, device)
 
     def finish(unet: UNet, run: Run) -> None:
+        sd = StableDiffusion(MODEL_CONFIG, tokenizer, [clip.text], unet, vae)
+        run.scores.append((run.step * args.batch * world(), score(sd)))
         minutes = {name: r.seconds / 60 for name, r in (("vae", vae_run), ("clip", clip_run), ("unet", run))}
         write_folder(args.out, vae, clip, unet, {
             "steps": run.step, "samples": run.step * args.batch * world(), "minutes": minutes, "processes": world(),
-            "device": device.type, "seed": args.seed, "clip_loss": clip_run.curve, "loss": run.curve})
+            "device": device.type, "seed": args.seed, "scores": run.scores, "clip_loss": clip_run.curve,
+            "loss": run.curve})
 
     train_unet(vae, clip.text, scenes, tokenizer, args.work, args.steps, args.batch, args.seed, device, finish)
     if dist.is_initialized():
