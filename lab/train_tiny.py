@@ -346,7 +346,7 @@ def train_unet(vae: VAE, text: TextEncoder, scenes: list[shapes.Scene], tokenize
     train(run, steps, 1e-3, 1000, loss_of, "U-Net", average)
 
 
-def score(sd: StableDiffusion, per_half: int = 8) -> dict[str, float]:
+def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
     """Shares of right pictures of a few prompts of each kind and half, other prompts than the benchmark's."""
     rows = [row for kind in shapes.KINDS for seen in (True, False)
             for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
@@ -395,6 +395,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9000, help="optimiser steps of stage 3 (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
+    parser.add_argument("--score-n", type=int, default=8, help="prompts judged, per kind and half, at each checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--curve", type=Path, metavar="PNG", help="instead: draw the score of OUT against samples")
@@ -420,7 +421,8 @@ def main() -> None:
 
     def finish(unet: UNet, run: Run) -> None:
         sd = StableDiffusion(MODEL_CONFIG, tokenizer, [clip.text], unet, vae)
-        run.scores.append((run.step * args.batch * world(), score(sd)))
+        if args.score_n:
+            run.scores.append((run.step * args.batch * world(), score(sd, args.score_n)))
         minutes = {name: r.seconds / 60 for name, r in (("vae", vae_run), ("clip", clip_run), ("unet", run))}
         write_folder(args.out, vae, clip, unet, {
             "steps": run.step, "samples": run.step * args.batch * world(), "minutes": minutes, "processes": world(),
