@@ -37,7 +37,7 @@ CONFIGS = {
     "vit-h": TextConfig(width=1024, layers=23, heads=16, hidden=4096, activation="gelu", pad=0),
     "bigg": TextConfig(width=1280, layers=32, heads=20, hidden=5120, activation="gelu", output="penultimate",
                        projection=1280, pad=0),
-    "tiny": TextConfig(vocab=55, length=24, width=128, layers=3, heads=4, hidden=512, projection=64, pad=0),
+    "tiny": TextConfig(vocab=55, length=24, width=128, layers=3, heads=4, hidden=512, pad=0),
 }
 
 

@@ -2,8 +2,6 @@
 
 config.json                 family, prediction, schedule, native size, and the config of every component
 unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
-image_encoder.safetensors   where the text encoder's CLIP has its image tower beside it, as the tiny model's has; no
-                            picture needs it, `reward.py` reads it
 Also here: `InputError`, the one kind of error that a command shows as a single line, and `run_command`, which does so.
 """
 import contextlib
@@ -20,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from clip_image import ImageConfig
 from clip_text import TextConfig, Tokenizer
 from sampler import NoiseSchedule
 from unet import UNetConfig
@@ -48,7 +45,6 @@ class ModelConfig:
     vae: VAEConfig
     text_encoder: TextConfig
     text_encoder_2: TextConfig | None = None     # SDXL only
-    image_encoder: ImageConfig | None = None     # CLIP's image tower, the other half of `text_encoder`
     zero_negative: bool = False                  # SDXL: no negative prompt (None) means zeros, not the text ""
 
 
@@ -69,9 +65,9 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(data, dict) or "family" not in data:
         raise InputError(f"{path} doesn't describe a converted model; {convert}")
     parts = {"schedule": NoiseSchedule, "unet": UNetConfig, "vae": VAEConfig,
-             "text_encoder": TextConfig, "text_encoder_2": TextConfig, "image_encoder": ImageConfig}
+             "text_encoder": TextConfig, "text_encoder_2": TextConfig}
     for name, kind in parts.items():
-        if name in data and not (data[name] is None and name in ("text_encoder_2", "image_encoder")):
+        if name in data and (name, data[name]) != ("text_encoder_2", None):
             data[name] = from_json(kind, data[name], f"{path}, {name}")
     config = from_json(ModelConfig, data, str(path))
     legal = {"family": FAMILIES, "prediction": ("epsilon", "v"), "spacing": (None, "leading", "linspace", "trailing")}

@@ -33,7 +33,7 @@ class ClipReward:
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu",
              dtype: torch.dtype = torch.float32) -> "ClipReward":
-        """Read both towers from a model folder whose CLIP has an image tower, or from a folder of these alone.
+        """Read both towers from a folder such as models/tiny/clip.
 
         It holds config.json (with "text_encoder" and "image_encoder"), text_encoder.safetensors,
         image_encoder.safetensors and tokenizer.json. InputError where anything is absent, damaged or doesn't fit.
@@ -59,7 +59,7 @@ class ClipReward:
             raise InputError(f"{folder}: {error}") from None
 
     def save(self, folder: Path) -> None:
-        """Write a folder of the two towers alone, in float16; `load` makes the same towers again."""
+        """Write such a folder, in float16; `load` makes the same towers again."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, tower in (("text_encoder", self.text), ("image_encoder", self.image)):
             with replacing(folder / f"{name}.safetensors") as path:

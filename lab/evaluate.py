@@ -313,7 +313,7 @@ def show(table: dict[str, dict[str, Any]], title: str) -> None:
 def fingerprint(folder: Path) -> str:
     """A short name for the weights and settings of a model folder."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
+    for file in sorted([*folder.rglob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
         with file.open("rb") as handle:
             while chunk := handle.read(1 << 20):
                 digest.update(chunk)
@@ -337,7 +337,7 @@ def main() -> None:
         return show(compare(own.compare), f"{own.compare[1]} minus {own.compare[0]}")
     args = parse_arguments(["the benchmark", *rest])
     if own.retrieval:
-        reward = ClipReward.load(args.model)
+        reward = ClipReward.load(args.model / "clip")
         for split in ("train", "unseen"):
             show(retrieval(reward, own.retrieval, split), f"the true caption first among 64 hard ones, {split}")
         return None
@@ -355,19 +355,19 @@ def main() -> None:
         rows = [row for row in rows if row["kind"] in wanted]
     rows = [row for row in rows for _ in range(own.n_per_prompt)]
 
-    config = read_config(args.model)
+    config, clip = read_config(args.model), args.model / "clip"
     settings = sample_settings(args, config)
     if config.family != "tiny":
         print(f"note: {args.model} wasn't trained on the drawn world: no verdicts, no Frechet distance, only time and "
               "memory")
-    elif config.image_encoder is None:
-        print(f"note: the CLIP of {args.model} has no image tower: no CLIP score and no Frechet distance")
+    elif not clip.exists():
+        print(f"note: there is no {clip}, a CLIP of the drawn world: no CLIP score and no Frechet distance")
     made_with = {"model": fingerprint(args.model), "dtype": str(args.dtype),
                  "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "seed": args.seed,
                  "settings": {name: value if isinstance(value, (int, float, str, type(None))) else repr(value)
                               for name, value in settings.items()}}
     sd = StableDiffusion.load(args.model, args.device, args.dtype)
-    reward = ClipReward.load(args.model, args.device, args.dtype) if config.image_encoder else None
+    reward = ClipReward.load(clip, args.device, args.dtype) if clip.exists() else None
     batch = args.batch_size if "--batch-size" in rest else 50
     rows = measure(sd, reward, rows, args.seed, batch, settings, own.out, made_with)
     if not rows:

@@ -175,16 +175,20 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) ->
     color = says(0.82) or kind in ("colors", "color_attr")
     background = scene.background if says(0.2) else None
     ask = lambda t, **more: Ask(t.shape, t.color if color else None, **more)
+    place = lambda t: next((p for p in PLACES if is_at(t, p, clearly=True)), None)
     if n == 1:
         sizes = [s for s in SIZES if has_size(things[0], s, clearly=True) and says(0.25)]
-        places = [p for p in PLACES if is_at(things[0], p, clearly=True) and says(0.35)]
-        return Request((ask(things[0], size=(sizes or [None])[0], place=(places or [None])[0]),), None, background)
+        where = place(things[0]) if says(0.6) else None
+        return Request((ask(things[0], size=(sizes or [None])[0], place=where),), None, background)
     if n <= 4 and len({(t.shape, t.color) for t in things}) == 1:
         return Request((ask(things[0], count=n),), None, background)
     if n == 2:
         a, b = things if rng.random() < 0.5 else things[::-1]
-        relation = clear_relation(a, b) if says(0.8) or kind == "position" else None
-        return Request((ask(a), ask(b)), relation, background)
+        relation = clear_relation(a, b) if says(0.65) or kind == "position" else None
+        # saying where each of them is leads a model to sides more easily than the relation alone
+        places = [place(t) if relation is None and says(0.8) else None for t in (a, b)]
+        return Request(tuple(ask(t, place=p if (t.shape, p) not in HELD_OUT_PLACES else None)
+                             for t, p in zip((a, b), places)), relation, background)
     raise ValueError(f"the grammar has no sentence for {n} different objects")
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -43,10 +44,10 @@ from vae import VAE, VAEConfig
 SIZE = 64                                                              # native pixels
 VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)   # 64 px -> 16x16 latents
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
-IMAGE_CONFIG = clip_image.CONFIGS["tiny"]
+CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), clip_image.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
 MODEL_CONFIG = ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
-                           vae=VAE_CONFIG, text_encoder=TEXT_CONFIG, image_encoder=IMAGE_CONFIG)
+                           vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
 
 
 class Run:
@@ -216,7 +217,7 @@ class TextImage(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.text, self.image = TextEncoder(TEXT_CONFIG), ImageEncoder(IMAGE_CONFIG)
+        self.text, self.image = TextEncoder(CLIP_CONFIGS[0]), ImageEncoder(CLIP_CONFIGS[1])
         self.logit_scale = nn.Parameter(torch.tensor(np.log(10.0), dtype=torch.float32))
         places = self.image.vision_model.embeddings.position_embedding
         for embedding in (*self.text.text_model.embeddings.children(), places):
@@ -281,6 +282,22 @@ def train_clip(scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work:
 
 # ------------------------------------------------------------------------------------------------------ stage 3: U-Net
 
+class TextToNoise(nn.Module):
+    """Text encoder and U-Net, trained together. (B, 4, h, w), times (B,), ids (B, L) -> predicted noise (B, 4, h, w)"""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.unet = TextEncoder(TEXT_CONFIG), UNet(UNET_CONFIG)
+        for embedding in self.text.text_model.embeddings.children():
+            nn.init.normal_(embedding.weight, std=0.02)
+        for name, p in self.unet.named_parameters():                   # every block begins as the identity
+            if any(part in name for part in ("conv2.", "proj_out.", "conv_out.")):
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x, t, self.text(ids)[0])
+
+
 def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every scene's latent, (S, 4, 16, 16) float16: encoded once, kept in a file.
 
@@ -303,20 +320,16 @@ def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torc
     return tuple(latents)
 
 
-def train_unet(vae: VAE, text: TextEncoder, scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path,
-               steps: int, batch: int, seed: int, device: torch.device,
-               finish: Callable[[UNet, Run], None]) -> None:
+def train_unet(vae: VAE, scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int,
+               seed: int, device: torch.device, finish: Callable[[TextToNoise, Run], None]) -> None:
     """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance.
 
-    The text encoder stays as CLIP left it, as in Stable Diffusion. finish(averaged U-Net, run): at each checkpoint.
+    The text encoder is trained with it, not taken from CLIP. finish(averaged weights, run): at each checkpoint.
     """
     mean, std = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
-        model = UNet(UNET_CONFIG)
-    for name, p in model.named_parameters():                           # every block begins as the identity
-        if any(part in name for part in ("conv2.", "proj_out.", "conv_out.")):
-            nn.init.zeros_(p)
+        model = TextToNoise()
     run = Run(model, work / "unet.pt", device)
     parallel = distributed(model)
     alphas = NoiseSchedule().alphas().to(device)
@@ -332,14 +345,12 @@ def train_unet(vae: VAE, text: TextEncoder, scenes: list[shapes.Scene], tokenize
         # such times are drawn a little more often, and weigh up to five times as much.
         t = torch.from_numpy((1000 * rng.random(batch) ** 0.7).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
-        with torch.no_grad():
-            context = text(ids.to(device))[0]
-        error = parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, context) - eps
+        error = parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, ids.to(device)) - eps
         return (error.square() * (1 / a).clamp(max=5)).mean()
 
     def average() -> None:
         if rank() == 0:
-            averaged = UNet(UNET_CONFIG).to(device)
+            averaged = TextToNoise().to(device)
             averaged.load_state_dict(run.average)
             finish(averaged.eval().requires_grad_(False), run)
 
@@ -373,10 +384,10 @@ def draw_curve(facts: dict, path: Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def write_folder(out: Path, vae: VAE, clip: ClipReward, unet: UNet, facts: dict) -> None:
-    """The model folder that `txt2img.py` loads, in float16, and how it was trained."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, module in (("vae", vae), ("text_encoder", clip.text), ("image_encoder", clip.image), ("unet", unet)):
+def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToNoise, facts: dict) -> None:
+    """The model folder that `txt2img.py` loads, in float16, and how it was trained; in it, CLIP's own folder."""
+    clip.save(out / "clip")
+    for name, module in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet)):
         with replacing(out / f"{name}.safetensors") as path:
             save_file({key: p.half().contiguous().cpu() for key, p in module.state_dict().items()}, path)
     with replacing(out / "tokenizer.json") as path:
@@ -419,17 +430,17 @@ def main() -> None:
     vae, vae_run = train_vae(args.work, args.vae_steps, 2 * args.batch, args.seed, device)
     clip, clip_run = train_clip(scenes, tokenizer, args.work, args.clip_steps, 2 * args.batch, args.seed, device)
 
-    def finish(unet: UNet, run: Run) -> None:
-        sd = StableDiffusion(MODEL_CONFIG, tokenizer, [clip.text], unet, vae)
+    def finish(model: TextToNoise, run: Run) -> None:
+        sd = StableDiffusion(MODEL_CONFIG, tokenizer, [model.text], model.unet, vae)
         if args.score_n:
             run.scores.append((run.step * args.batch * world(), score(sd, args.score_n)))
         minutes = {name: r.seconds / 60 for name, r in (("vae", vae_run), ("clip", clip_run), ("unet", run))}
-        write_folder(args.out, vae, clip, unet, {
+        write_folder(args.out, vae, clip, model, {
             "steps": run.step, "samples": run.step * args.batch * world(), "minutes": minutes, "processes": world(),
             "device": device.type, "seed": args.seed, "scores": run.scores, "clip_loss": clip_run.curve,
             "loss": run.curve})
 
-    train_unet(vae, clip.text, scenes, tokenizer, args.work, args.steps, args.batch, args.seed, device, finish)
+    train_unet(vae, scenes, tokenizer, args.work, args.steps, args.batch, args.seed, device, finish)
     if dist.is_initialized():
         dist.destroy_process_group()
 

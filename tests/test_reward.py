@@ -59,7 +59,7 @@ def test_preprocessing_resizes_the_short_side_and_cuts_out_the_middle():
 
 
 def test_the_gradient_of_the_score_by_a_pixel_is_that_of_finite_differences():
-    reward = ClipReward.load(TINY, dtype=torch.float64)
+    reward = ClipReward.load(TINY / "clip", dtype=torch.float64)
     torch.manual_seed(0)
     images = torch.rand(1, 3, 80, 64, dtype=torch.float64, requires_grad=True)
     gradient, = torch.autograd.grad(reward(images, ["a red circle"]).sum(), images)
@@ -78,7 +78,7 @@ def test_towers_of_different_clips_are_refused():
 
 
 def test_a_saved_reward_loads_again_as_the_same(tmp_path):
-    reward = ClipReward.load(TINY)
+    reward = ClipReward.load(TINY / "clip")
     reward.save(tmp_path / "clip")
     images, prompts = torch.rand(2, 3, 64, 64), ["a red circle", "two blue stars"]
     assert torch.equal(ClipReward.load(tmp_path / "clip")(images, prompts), reward(images, prompts))
@@ -91,14 +91,14 @@ def test_a_saved_reward_loads_again_as_the_same(tmp_path):
     (lambda folder: (folder / "image_encoder.safetensors").write_bytes(b"no"), "image_encoder.safetensors"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json")])
 def test_a_damaged_reward_is_one_clear_sentence(tmp_path, harm, message):
-    ClipReward.load(TINY).save(tmp_path)
+    ClipReward.load(TINY / "clip").save(tmp_path)
     harm(tmp_path)
     with pytest.raises(InputError, match=message):
         ClipReward.load(tmp_path)
 
 
 def test_towers_of_unequal_width_in_one_folder_are_refused(tmp_path):
-    ClipReward.load(TINY).save(tmp_path)
+    ClipReward.load(TINY / "clip").save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["image_encoder"]["projection"] = 32
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -107,4 +107,4 @@ def test_towers_of_unequal_width_in_one_folder_are_refused(tmp_path):
 
 
 def test_the_tiny_clip_finds_the_true_caption_among_64_hard_ones():
-    assert retrieval(ClipReward.load(TINY), 10, "train")["overall"]["mean"] >= 0.85      # lab/README.md has the numbers
+    assert retrieval(ClipReward.load(TINY / "clip"), 10, "train")["overall"]["mean"] >= 0.85
