@@ -408,9 +408,10 @@ def unit_macs(unet: "UNet", height: int, width: int, tokens: int = 77) -> list[t
 
 
 def run_macs(unet: "UNet", height: int, width: int, steps: int, first: int = 0, guided: bool = True,
-             cache: "DeepCache | FasterDiffusion | Inherit | None" = None, tgate: TGate | None = None) -> int:
+             cache: "DeepCache | FasterDiffusion | Inherit | None" = None, tgate: TGate | None = None,
+             tokens: int = 77) -> int:
     """Multiply-adds of all passes of one image's run from step `first`; guided: two rows a pass."""
-    units, total = unit_macs(unet, height, width), 0
+    units, total = unit_macs(unet, height, width, tokens), 0
     gate = steps if tgate is None else tgate.start(steps, first)[0]
     features = None if cache is None else cache.start(steps, {first, gate}, unet)
     for i in range(first, steps):
