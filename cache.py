@@ -102,6 +102,7 @@ class Features:
         return self.ahead.pop(0)
 
     def start(self, *_: object) -> "Features":
+        """ValueError: for where the settings are asked for, and these are given."""
         raise ValueError("these are the features of one run: give the settings (DeepCache, ...) as the cache instead")
 
 
@@ -136,7 +137,8 @@ class FasterDiffusion:
 
     keys: "paper", the released list for 50 steps, as it is; "rescaled", the same list stretched to the number of steps;
         "square", gaps that grow by one (the released "pro"); a number n, every n-th step; or the steps themselves.
-    parallel: decode a key step and those behind it in one batch, of at most max_batch rows.
+    parallel: decode a key step and those behind it in one batch, of at most max_batch rows. Valid with every sampler,
+        stochastic ones too: the predictions don't depend on the latents between, and the noise is drawn step by step.
     alpha: prior noise injection: in the second half of the time (t < 500) add this much of the first noise to the
         latent at every step, 0.003 in the paper, which brings back texture that reuse takes away. (All samplers run
         on the variance-preserving latent here; the released code adds to Euler's x, which is larger.)

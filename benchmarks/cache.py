@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate, run_macs, unit_macs
 from folder import InputError, replacing, run_command
-from lab.evaluate import evaluate, wilson
-from lab.freeu_study import mixed_prompts
+from lab.evaluate import evaluate
+from lab.freeu_study import mixed_prompts, paired_interval
 from sampler import generate
 from txt2img import TINY, StableDiffusion, psnr
 from unet import CONFIGS, UNet, sinusoid
@@ -275,9 +275,9 @@ def tiny(args: argparse.Namespace) -> list[dict[str, Any]]:
         row["G a picture"], row["seconds"] = counts[row["what"]] / 1e9, row["seconds"] / len(few)
         verdicts, pictures = evaluate(sd, prompts, batch=50, seed=0, **settings, **techniques)
         plain = plain or pictures
-        score = float(np.mean([v.ok for v in verdicts]))
+        right = np.array([v.ok for v in verdicts])
         likeness = [psnr(*(torch.from_numpy(p).float() / 255 for p in pair)) for pair in zip(pictures, plain)]
-        row |= {"score": score, "interval": wilson(score, len(prompts)), "n": len(prompts)}
+        row |= {"score": float(right.mean()), "95 % interval": paired_interval(right, 0 * right), "n": len(prompts)}
         row |= {"PSNR, dB (median)": None if pictures is plain else median(likeness)}
     return rows
 

@@ -1,4 +1,5 @@
 """cache.py: against outputs of the official codes, partial passes against full ones, schedules, counts, no leaks."""
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cache import pass_macs
+import benchmarks.cache as benchmark
 from cache import DeepCache, FasterDiffusion, Inherit, TextGate, TGate, nonuniform_keys, notes, run_macs, unit_macs
 from freeu import FreeU, skip_tuning
 from sampler import SAMPLERS, generate, plan, x0_and_eps
@@ -386,7 +387,8 @@ def test_the_arithmetic_is_what_torchs_flop_counter_sees(config):
     for cache in caches:
         features = cache.start(2, {0}, unet)
         unet(x, t, context, added, cache=features.at(0))
-        assert pass_macs(unet, x, t, context, added, features.at(1)) == sum(sum(counts[k]) for k in features.between)
+        cheap = sum(sum(counts[unit_number]) for unit_number in features.between)
+        assert benchmark.pass_macs(unet, x, t, context, added, features.at(1)) == cheap
 
 
 def test_the_arithmetic_of_whole_runs_is_the_published_one():
@@ -400,6 +402,18 @@ def test_the_arithmetic_of_whole_runs_is_the_published_one():
         assert trillions(50, cache, family="sdxl") == pytest.approx(sdxl, rel=1e-3)
     assert trillions(25, tgate=TGate(5)) == pytest.approx((10 * 401.64 + 20 * (401.64 - 16.05)) / 1e3, rel=1e-3)
     assert trillions(25, tgate=TGate(5, guidance="keep")) == pytest.approx((50 * 401.64 - 40 * 16.05) / 1e3, rel=1e-3)
+
+
+def test_the_benchmark_writes_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cache", "--parts", "passes", "schedules", "--family", "tiny", "--size", "64",
+                                     "--schedule-size", "64", "--steps", "4", "--rounds", "1", "--branches", "1",
+                                     "--only", "b1, N = 2", "--json", str(tmp_path / "rows.json"), "--device", "cpu"])
+    benchmark.main()
+    passes, schedules = json.loads((tmp_path / "rows.json").read_text()).values()
+    assert [row["what"] for row in passes][-2:] == ["DeepCache, branch 1", "T-GATE, guidance kept"]
+    assert [row["what"] for row in schedules] == ["full", "DeepCache b1, N = 2"]
+    assert all(row["seconds"] > 0 for row in passes + schedules) and schedules[1]["by arithmetic"] > 1.5
+    assert schedules[1]["cache, MB"] == 2 * 24 * 8 * 8 * 4 / 1e6       # one tensor: both halves, 24 channels, float32
 
 
 @pytest.mark.parametrize("make,words", [
