@@ -1,13 +1,16 @@
 """Caches: between key steps only a part of the U-Net's units runs, the rest is reused from the last key step.
 
-The flat list of `unet.py`, in SD 1.x:    conv_in  d1 d2 ... d11   middle   u0 u1 ... u11
-Faster Diffusion reuses the left half:    ------- all skips, middle -------   and runs u0 ... u11
+The flat list of `unet.py`, in SD 1.x:    conv_in  d1 d2 ... d11   mid   u0 u1 ... u11      (numbers 0 to 24)
+Faster Diffusion reuses the left half:    -------------------------   and runs u0 ... u11
 DeepCache, branch b, reuses the middle:   conv_in  d1 ... db  ---------------   u(11-b) ... u11
+Inheritance (A-SDM) reuses any units.
 
-Start at `Features`, which `UNet.forward` asks what to run and what to reuse. `FasterDiffusion` and `DeepCache` are
-settings; the sampling loop makes a `Features` from them for every run and throws it away afterwards.
-Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858. Checked against outputs of the official codes:
-hutaiHang/Faster-Diffusion, and DeepCache's pip package, whose branch numbers are ours (its paper's fork has one less).
+Start at `Features`, which `UNet.forward` asks what to run and what to reuse. `FasterDiffusion`, `DeepCache` and
+`Inherit` are settings; the sampling loop makes a `Features` from them for every run and throws it away afterwards.
+`TGate` composes with them: from a step on, it reuses the attention to the text, or drops guidance, or both.
+Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858; A-SDM, arXiv 2406.00210; T-GATE, arXiv
+2404.02747. Checked against outputs of the official codes of the first two: hutaiHang/Faster-Diffusion, and DeepCache's
+pip package, whose branch numbers are ours (its paper's fork has one less).
 """
 import math
 from dataclasses import dataclass, field
@@ -20,95 +23,106 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from freeu import FreeU
-    from unet import PerUnit, UNet
+    from unet import PerUnit, ResBlock, SpatialTransformer, UNet
 
 
 @dataclass
 class Features:
     """What one run keeps from its last key step: a local variable of the sampling loop, never written to in place.
 
-    branch: None, Faster Diffusion: the skips and the middle's output are reused; else DeepCache's, see above.
+    reused: the numbers of the units whose output is kept at key steps and stands in for them at the others. A unit
+    whose output nobody would read doesn't run either, and is not kept.
     """
     keys: frozenset[int]
     steps: int
     up_units: int
-    branch: int | None = None
+    reused: frozenset[int] = frozenset()
     parallel: bool = False                      # the settings of `FasterDiffusion`
     max_batch: int | None = None
     alpha: float = 0.0
     late: bool = False
+    step: int = -1                              # the present one
     key: bool = True                            # does everything run at the present step?
-    h: Tensor | None = None                     # the state that enters the first up unit that runs between key steps
-    skips: list[Tensor] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
     ahead: list[Tensor] = field(default_factory=list)     # parallel: predictions of this group's steps to come
 
+    def __post_init__(self) -> None:
+        self.between, self.read = live_units(self.up_units, self.reused)
+
     def at(self, step: int) -> "Features":
-        """Set for this step, by the loop."""
-        self.key = step in self.keys
+        """Set for this step, by the loop. ValueError where steps fall: that is another image, which needs its own."""
+        if step < self.step:
+            raise ValueError("these features belong to another image's run: make new ones for every run")
+        self.step, self.key = step, step in self.keys
         return self
+
+    def runs(self, unit: int) -> bool:
+        """Does this unit run at the present step?"""
+        return self.key or unit in self.between
+
+    def output(self, unit: int, h: Tensor | None) -> Tensor | None:
+        """The place behind every unit: keep its output at key steps, give it back (None: nobody reads it) at others."""
+        if self.key and unit in self.read:
+            self.kept[unit] = h
+        return h if self.runs(unit) else self.kept.get(unit)
 
     def units_run(self, first: int = 0) -> tuple[int, int]:
         """How many units a run from step `first` executes, and how many without a cache: conv_in and the middle too."""
         every, steps = 2 * self.up_units + 1, range(first, self.steps)
-        between = self.up_units if self.branch is None else 2 * self.branch + 2
-        encoders = sum(step in self.keys for step in steps)
-        return encoders * every + (len(steps) - encoders) * between, len(steps) * every
-
-    @property
-    def down(self) -> int | None:
-        """How many down units run behind conv_in; None: all, and the middle; -1: not even conv_in."""
-        return None if self.key else -1 if self.branch is None else self.branch
-
-    @property
-    def up(self) -> int:
-        """The first up unit that runs."""
-        return 0 if self.key or self.branch is None else self.up_units - 1 - self.branch
-
-    def encoded(self, h: Tensor | None, skips: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """Faster Diffusion's place, behind the encoder: keep its output at a key step, give it back at the others."""
-        if self.branch is not None:
-            return h, skips
-        if self.key:
-            self.h, self.skips = h, skips
-        return self.h, self.skips
-
-    def enter(self, i: int, h: Tensor | None) -> Tensor | None:
-        """DeepCache's place, before up unit i: keep the state that enters one unit, or give it back."""
-        if self.branch is None or i != self.up_units - 1 - self.branch:
-            return h
-        if self.key:
-            self.h = h
-        return self.h
+        full = sum(step in self.keys for step in steps)
+        return full * every + (len(steps) - full) * len(self.between), len(steps) * every
 
     def inject(self, x: Tensor, first_x: Tensor, t: float, late: bool = False) -> Tensor:
         """Prior noise injection: in the second half of the time, the latent plus a little of the first one."""
         return x + self.alpha * first_x if self.alpha and t < 500 and late == self.late else x
 
     def decode_ahead(self, unet: "UNet", x: Tensor, i: int, shifts: list["PerUnit"], text: "PerUnit",
-                     freeu: "FreeU | None") -> Tensor:
+                     freeu: "FreeU | None", gate: "TextGate | None" = None) -> Tensor:
         """Parallel Faster Diffusion: at a key step, predict for it and all steps up to the next one; else look it up.
 
         One call of the encoder, and the decoder on one batch: the rows of the first step, of the second, and so on.
         """
         if self.key:
-            h, skips = unet.encode(x, shifts[i], text)
+            if gate is not None:
+                gate.steps = 1
+            h, skips = unet.encode(x, shifts[i], text, gate=gate)
             group = list(takewhile(lambda j: j == i or j not in self.keys, range(i, self.steps)))
             most = max(1, (self.max_batch or len(group) * len(x)) // len(x))              # steps a batch
             while group:
                 strength = [None if freeu is None else freeu.at(j / self.steps) for j in group[:most]]
                 n = next((k for k, s in enumerate(strength) if s != strength[0]), len(strength))    # alike in FreeU
+                if gate is not None:
+                    gate.steps = n
                 out = unet.decode(repeat(h, n), [repeat(skip, n) for skip in skips],
                                   stack_steps([shifts[j] for j in group[:n]], len(x)),
                                   text._replace(up=[kv and [(repeat(k, n), repeat(v, n)) for k, v in kv]
-                                                    for kv in text.up]), strength[0])
+                                                    for kv in text.up]), strength[0], gate=gate)
                 self.ahead += out.chunk(n)
                 group = group[n:]
         return self.ahead.pop(0)
 
+    def start(self, *_: object) -> "Features":
+        """ValueError: for where the settings are asked for, and these are given."""
+        raise ValueError("these are the features of one run: give the settings (DeepCache, ...) as the cache instead")
+
+
+def live_units(up_units: int, reused: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
+    """Which units run between key steps, and whose kept outputs they read: what is read, from the last unit back."""
+    run, read, todo = set(), set(), [2 * up_units]
+    while todo:
+        unit = todo.pop()
+        if unit in reused:
+            read.add(unit)
+        elif unit not in run:
+            run.add(unit)
+            todo += [unit - 1] if unit > 0 else []
+            todo += [2 * up_units - unit] if unit > up_units else []                      # an up unit's skip
+    return frozenset(run), frozenset(read)
+
 
 def repeat(x: Tensor, n: int) -> Tensor:
     """(B, ...) -> (n * B, ...), the batch n times over."""
-    return x.repeat(n, *[1] * (x.dim() - 1))
+    return x if n == 1 else x.repeat(n, *[1] * (x.dim() - 1))
 
 
 def stack_steps(shifts: list["PerUnit"], batch: int) -> "PerUnit":
@@ -123,7 +137,8 @@ class FasterDiffusion:
 
     keys: "paper", the released list for 50 steps, as it is; "rescaled", the same list stretched to the number of steps;
         "square", gaps that grow by one (the released "pro"); a number n, every n-th step; or the steps themselves.
-    parallel: decode a key step and those behind it in one batch, of at most max_batch rows.
+    parallel: decode a key step and those behind it in one batch, of at most max_batch rows. Valid with every sampler,
+        stochastic ones too: the predictions don't depend on the latents between, and the noise is drawn step by step.
     alpha: prior noise injection: in the second half of the time (t < 500) add this much of the first noise to the
         latent at every step, 0.003 in the paper, which brings back texture that reuse takes away. (All samplers run
         on the variance-preserving latent here; the released code adds to Euler's x, which is larger.)
@@ -137,10 +152,7 @@ class FasterDiffusion:
     official_order: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.keys, str) and self.keys not in ("paper", "rescaled", "square"):
-            raise ValueError(f"Faster Diffusion's keys are paper, rescaled, square or numbers, not {self.keys!r}")
-        if isinstance(self.keys, int) and self.keys < 1:
-            raise ValueError(f"Faster Diffusion's keys every {self.keys} steps make no sense: use 1 or more")
+        check_keys(self.keys)
         if self.max_batch is not None and self.max_batch < 1:
             raise ValueError(f"the largest decoder batch must be 1 or more rows, not {self.max_batch}")
         if not 0 <= self.alpha <= 1:
@@ -148,23 +160,13 @@ class FasterDiffusion:
 
     def key_steps(self, steps: int) -> list[int]:
         """The steps at which everything runs, of a run of so many."""
-        if isinstance(self.keys, tuple):
-            return check_keys(self.keys, steps)
-        if self.keys == "paper":
-            return [k for k in PAPER_KEYS if k < steps]
-        if self.keys == "rescaled":
-            return sorted({round(k * steps / 50) for k in PAPER_KEYS if round(k * steps / 50) < steps})
-        if self.keys == "square":
-            return [i for i in range(steps) if math.isqrt(9 + 8 * i) ** 2 == 9 + 8 * i]
-        return list(range(0, steps, self.keys))
+        return key_steps(self.keys, steps)
 
-    def start(self, steps: int, first: int, unet: "UNet") -> Features:
-        """What the sampling loop makes for a run from step `first`, which is a key step in any case."""
-        return Features(frozenset([*self.key_steps(steps), first]), steps, len(unet.up_units()), None,
+    def start(self, steps: int, more: set[int], unet: "UNet") -> Features:
+        """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
+        n = len(unet.up_units())
+        return Features(more.union(self.key_steps(steps)), steps, n, frozenset(range(n + 1)),
                         self.parallel, self.max_batch, self.alpha, self.parallel and self.official_order)
-
-
-PAPER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 
 
 @dataclass(frozen=True)
@@ -194,17 +196,99 @@ class DeepCache:
     def key_steps(self, steps: int) -> list[int]:
         """The steps at which everything runs, of a run of so many."""
         if self.center is None:
-            return list(range(0, steps, self.interval))
+            return key_steps(self.interval, steps)
         if not 0 < self.center < steps:
             raise ValueError(f"DeepCache's center {self.center} is not between the first and the last of {steps} steps")
         return nonuniform_keys(steps, math.ceil(steps / self.interval), self.center, self.power, self.schedule)
 
-    def start(self, steps: int, first: int, unet: "UNet") -> Features:
-        """What the sampling loop makes for a run from step `first`, which is a key step in any case."""
-        branches = len(unet.up_units())
-        if self.branch >= branches:
-            raise ValueError(f"DeepCache's branch {self.branch} is too large: this U-Net has 0 to {branches - 1}")
-        return Features(frozenset([*self.key_steps(steps), first]), steps, branches, self.branch)
+    def start(self, steps: int, more: set[int], unet: "UNet") -> Features:
+        """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
+        n = len(unet.up_units())
+        if self.branch >= n:
+            raise ValueError(f"DeepCache's branch {self.branch} is too large: this U-Net has 0 to {n - 1}")
+        reused = range(self.branch + 1, 2 * n - self.branch)
+        return Features(more.union(self.key_steps(steps)), steps, n, frozenset(reused))
+
+
+@dataclass(frozen=True)
+class Inherit:
+    """Reuse the outputs of any units: A-SDM's feature inheritance, of which the other two are special cases.
+
+    units: names and ranges of the flat list, such as "mid,u0-u2" or "d4-u7"; conv_in, d1 ..., mid, u0 ... (see above).
+    keys: as Faster Diffusion's; a number n (every n-th step), or the steps themselves, are what makes most sense here.
+    """
+    units: str
+    keys: str | int | tuple[int, ...] = 3
+    parallel = False                            # the units between may need the latent
+
+    def __post_init__(self) -> None:
+        check_keys(self.keys)
+
+    def key_steps(self, steps: int) -> list[int]:
+        """The steps at which everything runs, of a run of so many."""
+        return key_steps(self.keys, steps)
+
+    def start(self, steps: int, more: set[int], unet: "UNet") -> Features:
+        """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
+        n = len(unet.up_units())
+        return Features(more.union(self.key_steps(steps)), steps, n, unit_numbers(self.units, n))
+
+
+def unit_numbers(text: str, up_units: int) -> frozenset[int]:
+    """The numbers of the units that a text such as "conv_in,d4-mid,u0" names."""
+    names = ["conv_in", *(f"d{i}" for i in range(1, up_units)), "mid", *(f"u{i}" for i in range(up_units))]
+    numbers = set()
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.partition("-")
+        if first not in names or (last or first) not in names or names.index(last or first) < names.index(first):
+            raise ValueError(f"the cache's units are names and ranges of conv_in, d1 to d{up_units - 1}, mid, u0 to "
+                             f"u{up_units - 1}, such as mid,u0-u2; {part!r} is none of them in this U-Net")
+        numbers |= set(range(names.index(first), names.index(last or first) + 1))
+    return frozenset(numbers)
+
+
+# ----------------------------------------------------------------------------------------------------------- key steps
+
+PAPER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
+
+
+def check_keys(keys: str | int | tuple[int, ...]) -> None:
+    """ValueError for keys that are wrong in runs of any length."""
+    if isinstance(keys, str) and keys not in ("paper", "rescaled", "square"):
+        raise ValueError(f"a cache's keys are paper, rescaled, square or numbers, not {keys!r}")
+    if isinstance(keys, int) and keys < 1:
+        raise ValueError(f"a key every {keys} steps makes no sense: use 1 or more")
+    if isinstance(keys, tuple) and (not keys or keys[0] != 0 or list(keys) != sorted(set(keys))):
+        raise ValueError(f"key steps must begin with 0 and rise, not {', '.join(map(str, keys)) or 'none'}")
+
+
+def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
+    """The steps that `FasterDiffusion.keys` means in a run of so many. ValueError where they don't fit into it."""
+    if keys == "paper":
+        return [k for k in PAPER_KEYS if k < steps]
+    if keys == "rescaled":
+        return sorted({round(k * steps / 50) for k in PAPER_KEYS if round(k * steps / 50) < steps})
+    if keys == "square":
+        return [i for i in range(steps) if math.isqrt(9 + 8 * i) ** 2 == 9 + 8 * i]
+    if isinstance(keys, int):
+        if keys > steps:
+            raise ValueError(f"a key every {keys} steps is more than the run's {steps}: use at most {steps}")
+        return list(range(0, steps, keys))
+    if keys[-1] >= steps:
+        raise ValueError(f"key step {keys[-1]} is beyond the last of {steps} steps ({steps - 1})")
+    return list(keys)
+
+
+def notes(keys: list[int], steps: int) -> list[str]:
+    """What to tell somebody who asks for these key steps: sentences, none where all is as published."""
+    longest = max(b - a for a, b in zip(keys, [*keys[1:], steps]))
+    if longest == 1:
+        return ["every step is a key step: the cache saves nothing"]
+    found = [] if longest <= 0.3 * steps else [
+        f"features are reused over {longest} of {steps} steps, more than in any published schedule (15 of 50): expect "
+        "other pictures, or use more keys"]
+    return found if steps >= 20 else [
+        *found, f"caches were published for 20 to 50 steps and lose more with {steps}; distilled models can't use them"]
 
 
 def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule: str = "released") -> list[int]:
@@ -228,10 +312,114 @@ def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule:
     raise ValueError(f"there are no {count} keys in {steps} steps around {center}; use a larger interval")
 
 
-def check_keys(keys: tuple[int, ...], steps: int) -> list[int]:
-    """Given keys begin at step 0 and lie within the run."""
-    if not keys or keys[0] != 0 or list(keys) != sorted(set(keys)):
-        raise ValueError(f"key steps must begin with 0 and rise, not {', '.join(map(str, keys)) or 'none'}")
-    if keys[-1] >= steps:
-        raise ValueError(f"key step {keys[-1]} is beyond the last of {steps} steps ({steps - 1})")
-    return list(keys)
+# ------------------------------------------------------------------------------------------------------------- T-GATE
+
+@dataclass(frozen=True)
+class TGate:
+    """T-GATE: the text acts in the first `step` steps alone. Two separate choices for the steps from there on:
+
+    text: "reuse" what attention to the text gave last, or "compute" it as before.
+    guidance: "drop" it (one row a picture instead of two), or "keep" it. Most of T-GATE's saving is this: attention to
+        the text is 4 % of SD 1.5's arithmetic.
+    The paper and its release do "reuse" and "drop", with the mean of both halves' attention. With guidance kept, each
+    half reuses its own (of a common mean, both would predict the same, and guidance do nothing). The last of the
+    `step` steps is kept, or where a cache skipped a unit there, what that gave last.
+    """
+    step: int
+    text: str = "reuse"
+    guidance: str = "drop"
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"T-GATE's step must be 1 or more, not {self.step}: before it, the text acts")
+        if self.text not in ("reuse", "compute") or self.guidance not in ("drop", "keep"):
+            raise ValueError(f"T-GATE can reuse or compute the text and drop or keep guidance, not {self.text!r} and "
+                             f"{self.guidance!r}")
+        if self.text == "compute" and self.guidance == "keep":
+            raise ValueError("T-GATE with the text computed and guidance kept does nothing: change one of them")
+
+    def start(self, steps: int, first: int) -> tuple[int, "TextGate | None"]:
+        """The step from which it acts, of a run from step `first` (computed in any case), and what it keeps."""
+        if self.step >= steps:
+            raise ValueError(f"T-GATE's step {self.step} is beyond the last of {steps} steps ({steps - 1})")
+        return max(self.step, first + 1), TextGate() if self.text == "reuse" else None
+
+
+@dataclass
+class TextGate:
+    """What one run keeps of its attention to the text: for each TransformerBlock, what that gave last."""
+    open: bool = True                           # is it computed at the present step?
+    steps: int = 1                              # in one batch: parallel Faster Diffusion decodes several
+    kept: dict["torch.nn.Module", Tensor] = field(default_factory=dict)
+
+    def close(self, average: bool) -> None:
+        """From here on it is reused. average: both halves of guidance have become one."""
+        self.open = False
+        if average:
+            self.kept = {block: (sum(h.chunk(2)) / 2) for block, h in self.kept.items()}
+
+    def output(self, block: "torch.nn.Module", h: Tensor) -> Tensor:
+        """The place behind attention to the text: keep what it gave (the last of several steps), or give it back."""
+        if self.open:
+            self.kept[block] = h if self.steps == 1 else h.chunk(self.steps)[-1].clone()
+            return h
+        return repeat(self.kept[block], self.steps)
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+def unit_macs(unet: "UNet", height: int, width: int, tokens: int = 77) -> list[tuple[int, int]]:
+    """Multiply-adds of every unit of the flat list for one latent: of all but its attention to the text, and of that.
+
+    Convolutions, linear layers and attention's two products, by their shapes: equal to torch's FLOP counter / 2. Of a
+    pass by itself, in which each unit projects text and time anew; the last unit has the embedding and output layers.
+    """
+    def weights(*modules: torch.nn.Module) -> int:
+        return sum(module.weight.numel() for module in modules)
+
+    def unit(resnets: list["ResBlock"], attention: "SpatialTransformer | None", size: tuple[int, int]) -> list[int]:
+        n, macs, text = size[0] * size[1], 0, 0
+        for r in resnets:
+            shortcut = [] if r.conv_shortcut is None else [r.conv_shortcut]
+            macs += n * weights(r.conv1, r.conv2, *shortcut) + weights(r.time_emb_proj)
+        if attention is not None:
+            macs += n * weights(attention.proj_in, attention.proj_out)
+            for block in attention.transformer_blocks:
+                own, cross, (gate, _, out) = block.attn1, block.attn2, block.ff.net
+                c = own.to_q.out_features
+                macs += n * weights(own.to_q, own.to_k, own.to_v, own.to_out[0], gate.proj, out) + 2 * n * n * c
+                text += n * weights(cross.to_q, cross.to_out[0]) + tokens * weights(cross.to_k, cross.to_v)
+                text += 2 * n * tokens * c
+        return [macs, text]
+
+    sizes = [(height, width)]
+    counts = [[height * width * weights(unet.conv_in), 0]]
+    for resnet, attention, down in unet.down_units():
+        h, w = sizes[-1]
+        sizes.append((h, w) if down is None else ((h + 1) // 2, (w + 1) // 2))
+        h, w = sizes[-1]
+        counts.append(unit([resnet], attention, (h, w)) if down is None else [h * w * weights(down.conv), 0])
+    counts.append(unit(list(unet.mid_block.resnets), unet.mid_block.attentions[0], sizes[-1]))
+    for resnet, attention, up in unet.up_units():
+        counts.append(unit([resnet], attention, sizes.pop()))
+        if up is not None:
+            counts[-1][0] += sizes[-1][0] * sizes[-1][1] * weights(up.conv)
+    embeddings = [unet.time_embedding] + ([unet.add_embedding] if unet.config.add_dim else [])
+    counts[-1][0] += height * width * weights(unet.conv_out) + sum(weights(e.linear_1, e.linear_2) for e in embeddings)
+    return [(macs, text) for macs, text in counts]
+
+
+def run_macs(unet: "UNet", height: int, width: int, steps: int, first: int = 0, guided: bool = True,
+             cache: "DeepCache | FasterDiffusion | Inherit | None" = None, tgate: TGate | None = None,
+             tokens: int = 77) -> int:
+    """Multiply-adds of all passes of one image's run from step `first`; guided: two rows a pass."""
+    units, total = unit_macs(unet, height, width, tokens), 0
+    gate = steps if tgate is None else tgate.start(steps, first)[0]
+    features = None if cache is None else cache.start(steps, {first, gate}, unet)
+    for i in range(first, steps):
+        rows = 1 if not guided or i >= gate and tgate.guidance == "drop" else 2
+        closed = i >= gate and tgate.text == "reuse"
+        now = None if features is None else features.at(i)
+        total += rows * sum(macs + (0 if closed else text) for k, (macs, text) in enumerate(units)
+                            if now is None or now.runs(k))
+    return total

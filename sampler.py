@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cache import DeepCache, FasterDiffusion
+    from cache import DeepCache, FasterDiffusion, Inherit, TGate
     from freeu import FreeU
     from unet import PerUnit
 
@@ -148,8 +148,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              steps: int = 30, sampler: str = "ddim", cfg_scale: float = 7.5, prediction: str = "epsilon",
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
-             *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
-             freescale: None = None, masks: None = None,
+             *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | Inherit | None" = None,
+             tgate: "TGate | None" = None, freescale: None = None, masks: None = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
              ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
@@ -166,6 +166,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
     cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
+    tgate: from a step on, reuse the attention to the text, or drop guidance, or both, see `cache.py`; needs a `UNet`.
     freescale, masks: names kept for these techniques, which are not here yet; anything but None is an error.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
@@ -182,6 +183,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         return
     x = noise * p.start_scale if init is None else math.sqrt(p.now[start]) * init + math.sqrt(1 - p.now[start]) * noise
 
+    gate_step, gate = (steps, None) if tgate is None else tgate.start(steps, start)
     # Both halves of guidance run in one batch. What doesn't depend on x is computed once, before the loop.
     guided = negative_context is not None and cfg_scale != 1
     if guided:
@@ -190,19 +192,28 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     model_dtype = context.dtype
     text, shifts = prepare(unet, context, p, added)
 
-    features = None if cache is None else cache.start(steps, start, unet)
+    features = None if cache is None else cache.start(steps, {start, gate_step}, unet)
     first_x = x
     for i in range(start, steps):
+        if i == gate_step:                                             # a key step of any cache
+            dropped = guided and tgate.guidance == "drop"
+            if gate is not None:
+                gate.close(average=dropped)
+            if dropped:
+                guided, added = False, None if added is None else added[len(noise):]
+                text, shifts = prepare(unet, context[len(noise):], p, added)
         techniques = {}                                                # what acts at this step; nothing by default
         if freeu is not None and (now := freeu.at(i / steps)) is not None:
             techniques["freeu"] = now
+        if gate is not None:
+            techniques["gate"] = gate
         if features is not None:
             techniques["cache"] = features.at(i)
             x = features.inject(x, first_x, p.times[i])
         x_in = x.to(model_dtype)
         x_in = torch.cat([x_in, x_in]) if guided else x_in
         if features is not None and features.parallel:
-            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu)
+            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu, gate)
             x = features.inject(x, first_x, p.times[i], late=True)
         else:
             out = unet(x_in, shifts[i], text, added, **techniques)

@@ -31,7 +31,7 @@ try:
 except ImportError:
     resource = None
 
-from cache import DeepCache, FasterDiffusion
+from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes, run_macs
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_tokenizer, load_weights, read_config, replacing, run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
@@ -125,8 +125,8 @@ class StableDiffusion:
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
-               cache: DeepCache | FasterDiffusion | None = None, freescale: None = None, masks: None = None,
-               init: Tensor | None = None, strength: float = 0.8,
+               cache: DeepCache | FasterDiffusion | Inherit | None = None, tgate: TGate | None = None,
+               freescale: None = None, masks: None = None, init: Tensor | None = None, strength: float = 0.8,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -165,8 +165,8 @@ class StableDiffusion:
         latents = noise
         for i, latents in generate(
                 self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache, freescale=freescale,
-                masks=masks, schedule=self.config.schedule, init=init, strength=strength):
+                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache, tgate=tgate,
+                freescale=freescale, masks=masks, schedule=self.config.schedule, init=init, strength=strength):
             if callback is not None:
                 callback(i, latents)
         if not latents.isfinite().all():
@@ -229,6 +229,11 @@ def save_png(image: Tensor, path: Path, parameters: str) -> None:
         Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
 
 
+def psnr(a: Tensor, b: Tensor) -> float:
+    """How alike two images in [0, 1] are, in decibels: 10 log10 of 1 over the mean square of their difference."""
+    return -10 * math.log10(max((a - b).square().mean().item(), 1e-12))
+
+
 def save_grid(paths: list[Path], path: Path) -> None:
     """Finished pictures of one size as a sheet, as square as their number allows."""
     pictures = [Image.open(p).convert("RGB") for p in paths]
@@ -254,9 +259,14 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
     if args.init_image:
         pairs["Denoising strength"] = f"{args.strength:g}"
     if args.cache == "deepcache":
-        pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}"
+        center = "" if args.cache_center is None else f" center {args.cache_center}"
+        pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}{center}"
     if args.cache == "faster":
-        pairs["Faster Diffusion"] = f"keys {args.cache_keys} noise {args.cache_noise:g}"
+        pairs["Faster Diffusion"] = f"keys {args.cache_keys or 'paper'} noise {args.cache_noise:g}"
+    if args.cache == "inherit":
+        pairs["Inheritance"] = f"units {args.cache_units} keys {args.cache_keys or f'every:{args.cache_interval}'}"
+    if args.tgate is not None:
+        pairs["T-GATE"] = f"step {args.tgate} text {args.tgate_text} guidance {args.tgate_guidance}"
     if args.freeu is not None:
         pairs["FreeU"] = (f"{args.freeu} version {args.freeu_version} {args.freeu_rule} {args.freeu_window} "
                           f"backbone {args.freeu_backbone} skip {args.freeu_skip}")
@@ -315,23 +325,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--skip-tuning", metavar="BOTTOM[,TOP]", help="scale skips, linearly by depth (TOP is 1)")
     group.add_argument("--scale-long", type=float, metavar="KAPPA", help="scale skips by powers of KAPPA by depth")
     group = parser.add_argument_group("caches (cache.py)")
-    group.add_argument("--cache", choices=["deepcache", "faster"], help="run only a part of the U-Net at most steps")
-    group.add_argument("--cache-interval", type=int, default=3, metavar="N", help="deepcache: every N-th step in full")
+    group.add_argument("--cache", choices=["deepcache", "faster", "inherit"],
+                       help="run only a part of the U-Net at most steps")
+    group.add_argument("--cache-interval", type=int, default=3, metavar="N",
+                       help="deepcache, inherit: every N-th step in full")
     group.add_argument("--cache-branch", type=int, default=0, help="deepcache: 0 fastest; the paper's is 1")
     group.add_argument("--cache-center", type=int, metavar="STEP", help="deepcache: more full steps around this one")
-    group.add_argument("--cache-keys", default="paper", metavar="KEYS",
-                       help="faster: full steps: paper, rescaled, square, every:N, or a list such as 0,2,5")
+    group.add_argument("--cache-keys", metavar="KEYS", help="faster: full steps: paper (the default), rescaled, "
+                       "square, every:N, or a list such as 0,2,5; inherit: likewise, in place of --cache-interval")
+    group.add_argument("--cache-units", metavar="UNITS", help="inherit: the units whose outputs are reused, such "
+                       "as mid,u0-u2, of conv_in, d1, d2, ..., mid, u0, u1, ...")
     group.add_argument("--cache-parallel", action="store_true", help="faster: decode the steps between in one batch")
     group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
     group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
                        help="faster: prior noise injected in the second half")
+    group.add_argument("--tgate", type=int, metavar="STEP", help="T-GATE: so many steps with text, then as follows")
+    group.add_argument("--tgate-text", default="reuse", help="what attention to the text gave: reuse it, or compute")
+    group.add_argument("--tgate-guidance", default="drop", help="drop: one pass instead of two; or keep")
+    group.add_argument("--compare", action="store_true",
+                       help="also draw each picture without cache and T-GATE, for a sheet of both and the speed-up")
     return check_arguments(parser.parse_args(argv))
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
     read_freeu(args, "tiny")
-    read_cache(args)
+    if read_cache(args) is None and read_tgate(args) is None and args.compare:
+        raise InputError("--compare needs something to compare: add --cache or --tgate")
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -400,26 +420,67 @@ def read_freeu(args: argparse.Namespace, family: str) -> FreeU | None:
     return None if args.freeu is None and skip_scale is None else freeu
 
 
-def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache | FasterDiffusion | None:
+def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache | FasterDiffusion | Inherit | None:
     """The cache that the flags ask for, checked against the U-Net if there is one yet."""
     if args.cache is None:
+        if args.cache_units is not None:
+            raise InputError("--cache-units belongs to --cache inherit")
         return None
+    if (args.cache_units is None) == (args.cache == "inherit"):
+        raise InputError("--cache inherit and --cache-units, which names the units to reuse, belong together")
     try:
+        keys = args.cache_keys or ("paper" if args.cache == "faster" else args.cache_interval)
+        if isinstance(keys, str) and keys.removeprefix("every:").isdecimal() and keys.startswith("every:"):
+            keys = int(keys.removeprefix("every:"))
+        elif isinstance(keys, str) and all(key.isdecimal() for key in keys.split(",")):
+            keys = tuple(int(key) for key in keys.split(","))
         if args.cache == "deepcache":
             cache = DeepCache(args.cache_interval, args.cache_branch, args.cache_center)
-        else:
-            keys = args.cache_keys
-            if keys.startswith("every:"):
-                keys = int(keys.removeprefix("every:"))
-            elif keys[:1].isdigit():
-                keys = tuple(int(key) for key in keys.split(","))
+        elif args.cache == "faster":
             cache = FasterDiffusion(keys, args.cache_parallel, args.cache_max_batch, args.cache_noise)
+        else:
+            cache = Inherit(args.cache_units, keys)
         cache.key_steps(args.steps)
         if unet is not None:
-            cache.start(args.steps, 0, unet)
+            cache.start(args.steps, {0}, unet)
     except ValueError as error:
         raise InputError(str(error)) from None
     return cache
+
+
+def read_tgate(args: argparse.Namespace) -> TGate | None:
+    """The T-GATE that the flags ask for."""
+    if args.tgate is None:
+        return None
+    try:
+        tgate = TGate(args.tgate, args.tgate_text, args.tgate_guidance)
+        tgate.start(args.steps, 0)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return tgate
+
+
+def report(args: argparse.Namespace, sd: StableDiffusion, height: int, width: int) -> None:
+    """Prints how much of the U-Net runs with the flags' cache and T-GATE, and what speaks against them."""
+    cache, tgate = read_cache(args, sd.unet), read_tgate(args)
+    if cache is None and tgate is None:
+        return
+    first = 0 if args.init_image is None else args.steps - int(args.steps * args.strength)
+    factor, guided, units = sd.config.vae.factor, args.cfg_scale != 1, ""
+    if first < args.steps and cache is not None:
+        gate_step = first if tgate is None else tgate.start(args.steps, first)[0]
+        features = cache.start(args.steps, {first, gate_step}, sd.unet)
+        run, every = features.units_run(first)
+        units = f"{run} of {every} units and "
+        for note in notes([key for key in sorted(features.keys) if first <= key < args.steps], args.steps):
+            warnings.warn(note, stacklevel=2)
+    tokens = sd.config.text_encoder.length
+    run, every = (run_macs(sd.unet, height // factor, width // factor, args.steps, first, guided, *techniques, tokens)
+                  for techniques in ((cache, tgate), (None, None)))
+    if every:
+        names = " and ".join([args.cache] * (cache is not None) + ["T-GATE"] * (tgate is not None))
+        print(f"{names}: {units}{run / 1e9:.4g} of {every / 1e9:.4g} billion multiply-adds of the U-Net run per "
+              f"picture, {every / run:.2f} times fewer", file=sys.stderr)
 
 
 def sample_settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
@@ -427,7 +488,8 @@ def sample_settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, 
     height, width = (config.size if side is None else side for side in (args.height, args.width))
     return {"negative_prompt": args.negative_prompt, "steps": args.steps, "sampler": args.sampler,
             "cfg_scale": args.cfg_scale, "height": height, "width": width, "eta": args.eta, "spacing": args.spacing,
-            "freeu": read_freeu(args, config.family), "cache": read_cache(args), "strength": args.strength}
+            "freeu": read_freeu(args, config.family), "cache": read_cache(args),
+            "tgate": read_tgate(args), "strength": args.strength}
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -513,26 +575,40 @@ def main() -> None:
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
-        read_cache(args, sd.unet)
-        if settings["cache"] is not None:
-            first = 0 if init_image is None else args.steps - int(args.steps * args.strength)
-            run, every = settings["cache"].start(args.steps, first, sd.unet).units_run(first)
-            print(f"{args.cache}: {run} of {every} units of the U-Net run per picture", file=sys.stderr)
+        report(args, sd, settings["height"], settings["width"])
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 
-    for start in range(0, len(todo), args.batch_size):
-        batch, started = todo[start:start + args.batch_size], time.time()
-        with tqdm(total=args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
-                  disable=rank > 0) as bar:
+    def draw(batch: list[int], **changes) -> tuple[Tensor, float]:
+        """Pictures of these numbers as latents, with changed settings, and the seconds that sampling took."""
+        with tqdm(total=changes.get("steps", args.steps), desc=f"picture {batch[-1] + 1} of {len(prompts)}",
+                  unit="step", leave=False, disable=rank > 0) as bar:
+            started = time.perf_counter()
             latents = sd.sample(
-                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init, **settings,
-                callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
-            images = sd.decode(latents, args.vae_tile)
+                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init,
+                callback=lambda i, _: bar.update(i + 1 - bar.n), **settings | changes)
+            return latents, time.perf_counter() - started              # `sample` has looked at the result: it is there
+
+    for start in range(0, len(todo), args.batch_size):
+        batch, plain, started = todo[start:start + args.batch_size], None, time.time()
+        if args.compare:
+            if start == 0:
+                draw(batch, steps=1, cache=None, tgate=None)           # the first pass of a process is a slow one
+            plain, seconds_plain = draw(batch, cache=None, tgate=None)
+            plain = sd.decode(plain, args.vae_tile)
+        latents, seconds_sampling = draw(batch)
+        images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)
-        for k, image in zip(batch, images):
+        for i, (k, image) in enumerate(zip(batch, images)):
             save_png(image, paths[k], parameters[k])
             memory = f"peak memory {peak_memory(sd.device):.2f} GB"
             print(f"{paths[k]}  seed {args.seed + k}  {seconds:.1f} s  {memory}", flush=True)
+            if plain is not None:
+                both = paths[k].with_stem(f"{paths[k].stem}_compare")
+                save_png(torch.cat([plain[i], image], dim=2), both, f"left: without cache and T-GATE\n{parameters[k]}")
+                print(f"{both}  PSNR {psnr(image, plain[i]):.1f} dB", flush=True)
+        if plain is not None:
+            print(f"sampling {seconds_sampling:.2f} s, {seconds_plain:.2f} s without cache and T-GATE: "
+                  f"{seconds_plain / seconds_sampling:.2f} times as fast", flush=True)
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} pictures were there already in {args.out}")
     if args.grid:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
-    from cache import Features
+    from cache import Features, TextGate
     from freeu import FreeU
 
 
@@ -138,7 +138,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward. (B, N, C), keys and values of the text -> (B, N, C)"""
+    """Self-attention, attention to the text, feed-forward. (B, N, C), keys and values of the text -> (B, N, C)
+
+    gate: None, or what decides whether attention to the text is computed or reused, see T-GATE in `cache.py`.
+    """
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool):
         super().__init__()
@@ -149,10 +152,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], gate: "TextGate | None" = None) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, self.attn1.keys_values(h))
-        x = x + self.attn2(self.norm2(x), text)
+        if gate is None or gate.open:
+            h = self.attn2(self.norm2(x), text)
+        if gate is not None:
+            h = gate.output(self, h)
+        x = x + h
         return x + self.ff(self.norm3(x))
 
 
@@ -168,11 +175,11 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, config.context_dim, heads, config.upcast_attention) for _ in range(depth)])
         self.proj_out = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]], gate: "TextGate | None" = None) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block, keys_values in zip(self.transformer_blocks, text, strict=True):
-            h = block(h, keys_values)
+            h = block(h, keys_values, gate)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
@@ -273,7 +280,8 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
-                freeu: "FreeU | None" = None, cache: "Features | None" = None) -> Tensor:
+                freeu: "FreeU | None" = None, cache: "Features | None" = None,
+                gate: "TextGate | None" = None) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
@@ -281,56 +289,64 @@ class UNet(nn.Module):
         added: SDXL's pooled text and image sizes (B, add_dim); None for the other models.
         freeu: factors on backbone and skips, see `freeu.py`; None: the plain network.
         cache: which units run at this step, and what stands in for the others, see `cache.py`; None: all run.
+        gate: whether the text is attended to, or what that gave before is reused, see `cache.py`; None: it is.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
-        h, skips = self.encode(x, shifts, text, None if cache is None else cache.down)
-        if cache is not None:
-            h, skips = cache.encoded(h, skips)
-        return self.decode(h, skips, shifts, text, freeu, cache)
+        h, skips = self.encode(x, shifts, text, cache, gate)
+        return self.decode(h, skips, shifts, text, freeu, cache, gate)
 
-    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit,
-               down: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
+    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit, cache: "Features | None" = None,
+               gate: "TextGate | None" = None) -> tuple[Tensor | None, list[Tensor | None]]:
         """conv_in, the down units and the middle -> the middle's output and the skips, largest map first.
 
-        down: run only so many down units and not the middle (None in its place); -1: not even conv_in.
+        None takes the place of what a cache neither runs nor keeps, because nobody reads it.
         """
-        if down == -1:
-            return None, []
-        h = self.conv_in(x)
+        h, units = x, self.down_units()
+        if cache is None or cache.runs(0):
+            h = self.conv_in(h)
+        if cache is not None:
+            h = cache.output(0, h)
         skips = [h]
-        for unit, shift, keys_values in zip(self.down_units()[:down], shifts.down, text.down):
-            if unit.resample is not None:
-                h = unit.resample(h)
-            else:
-                h = unit.resnet(h, shift)
-                if unit.attention is not None:
-                    h = unit.attention(h, keys_values)
+        for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.down, text.down), start=1):
+            if cache is None or cache.runs(i):
+                if unit.resample is not None:
+                    h = unit.resample(h)
+                else:
+                    h = unit.resnet(h, shift)
+                    if unit.attention is not None:
+                        h = unit.attention(h, keys_values, gate)
+            if cache is not None:
+                h = cache.output(i, h)
             skips.append(h)
-        if down is not None:
-            return None, skips
 
-        resnet_1, resnet_2 = self.mid_block.resnets
-        h = resnet_1(h, shifts.mid[0])
-        h = self.mid_block.attentions[0](h, text.mid)
-        h = resnet_2(h, shifts.mid[1])
+        middle = len(units) + 1
+        if cache is None or cache.runs(middle):
+            resnet_1, resnet_2 = self.mid_block.resnets
+            h = resnet_1(h, shifts.mid[0])
+            h = self.mid_block.attentions[0](h, text.mid, gate)
+            h = resnet_2(h, shifts.mid[1])
+        if cache is not None:
+            h = cache.output(middle, h)
         return h, skips
 
-    def decode(self, h: Tensor | None, skips: list[Tensor], shifts: PerUnit, text: PerUnit,
-               freeu: "FreeU | None" = None, cache: "Features | None" = None) -> Tensor:
+    def decode(self, h: Tensor | None, skips: list[Tensor | None], shifts: PerUnit, text: PerUnit,
+               freeu: "FreeU | None" = None, cache: "Features | None" = None,
+               gate: "TextGate | None" = None) -> Tensor:
         """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
         units = self.up_units()
-        for i in range(0 if cache is None else cache.up, len(units)):
-            unit, shift, keys_values, skip = units[i], shifts.up[i], text.up[i], skips[len(units) - 1 - i]
+        for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.up, text.up)):
+            if cache is None or cache.runs(len(units) + 1 + i):
+                skip = skips[len(units) - 1 - i]
+                if freeu is not None:
+                    h, skip = freeu(h, skip, i, self.config)
+                h = unit.resnet(torch.cat([h, skip], dim=1), shift)
+                if unit.attention is not None:
+                    h = unit.attention(h, keys_values, gate)
+                if unit.resample is not None:
+                    h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
             if cache is not None:
-                h = cache.enter(i, h)
-            if freeu is not None:
-                h, skip = freeu(h, skip, i, self.config)
-            h = unit.resnet(torch.cat([h, skip], dim=1), shift)
-            if unit.attention is not None:
-                h = unit.attention(h, keys_values)
-            if unit.resample is not None:
-                h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
+                h = cache.output(len(units) + 1 + i, h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     def down_units(self) -> list[Unit]:

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -423,9 +424,41 @@ def test_cache_flags_change_the_picture_and_an_interval_of_one_does_not(narrow, 
     assert np.array_equal(run("--cache", "deepcache", "--cache-interval", 1)[0], plain)
     assert np.array_equal(run("--cache", "faster", "--cache-keys", "every:1", "--cache-noise", 0)[0], plain)
     for flags, words in ((["deepcache", "--cache-branch", "1"], "DeepCache: interval 3 branch 1"),
-                         (["faster", "--cache-keys", "0,2", "--cache-parallel"], "Faster Diffusion: \"keys 0,2 noise")):
+                         (["faster", "--cache-keys", "0,2", "--cache-parallel"], "Faster Diffusion: \"keys 0,2 noise"),
+                         (["inherit", "--cache-units", "mid,u0"], "Inheritance: \"units mid,u0 keys every:3")):
         picture, text = run("--cache", *flags, "--freeu")
         assert words in text and "FreeU" in text and not np.array_equal(picture, plain)
+    picture, text = run("--tgate", 2, "--tgate-text", "compute")
+    assert "T-GATE: step 2 text compute guidance drop" in text and not np.array_equal(picture, plain)
+
+
+def test_the_run_prints_what_a_cache_saves(narrow, tmp_path, command):
+    def said(*flags):
+        code, _, stderr = command("a circle", "--model", narrow, "--steps", 20, "--out", tmp_path / "p.png", *flags)
+        assert code == 0
+        return [line for line in stderr.splitlines() if "note: " in line or "fewer" in line]
+    assert said() == []
+    (line,) = said("--cache", "deepcache", "--cache-interval", 4)
+    units, macs, plain = re.search(r"deepcache: (\d+ of \d+) units and (\S+) of (\S+) billion", line).groups()
+    assert units == "75 of 180" and float(macs) < float(plain)         # 5 keys of 9 units, 15 steps of conv_in and u3
+    (line,) = said("--tgate", 4, "--tgate-text", "compute")            # 4 steps of two rows, 16 of one
+    assert "1.67 times fewer" in line and "units and" not in line
+    note, _ = said("--cache", "faster", "--cache-keys", "0,1")
+    assert "over 19 of 20 steps" in note
+    note, line = said("--cache", "faster", "--cache-keys", "every:1")
+    assert "saves nothing" in note and "180 of 180 units" in line and "1.00 times fewer" in line
+
+
+def test_compare_draws_both_pictures_side_by_side_and_tells_the_speed_up(narrow, tmp_path, command):
+    flags = ("a circle", "--model", narrow, "--steps", 4, "--n", 2, "--out", tmp_path / "p.png")
+    assert command(*flags)[0] == 0
+    plain = [pixels(tmp_path / f"p_{k}.png") for k in (0, 1)]
+    code, stdout, _ = command(*flags, "--cache", "deepcache", "--compare", "--batch-size", 2)
+    assert code == 0 and "times as fast" in stdout and stdout.count("PSNR") == 2
+    for k in (0, 1):
+        both = pixels(tmp_path / f"p_{k}_compare.png")
+        assert both.shape[1] == 2 * plain[k].shape[1] and np.abs(both[:, :32].astype(int) - plain[k]).max() <= 1
+        assert np.array_equal(both[:, 32:], pixels(tmp_path / f"p_{k}.png"))
 
 
 @pytest.mark.parametrize("flags,words", [
@@ -433,7 +466,19 @@ def test_cache_flags_change_the_picture_and_an_interval_of_one_does_not(narrow, 
     (["faster", "--cache-keys", "often"], "paper, rescaled, square"),
     (["faster", "--cache-keys", "1,2"], "begin with 0"),
     (["faster", "--cache-keys", "0,30"], "beyond the last"), (["faster", "--cache-keys", "every:x"], "x"),
-    (["faster", "--cache-noise", "-1"], "between 0 and 1")])
+    (["faster", "--cache-noise", "-1"], "between 0 and 1"), (["faster", "--cache-keys", "every:2,3"], "are paper"),
+    (["deepcache", "--cache-interval", "31"], "more than the run's 30"), (["inherit"], "belong together"),
+    (["inherit", "--cache-units", "mid,x9"], "'x9' is none"), (["deepcache", "--cache-units", "mid"], "together"),
+    (["deepcache", "--tgate", "30"], "beyond the last"), (["deepcache", "--tgate", "0"], "1 or more"),
+    (["deepcache", "--tgate", "5", "--tgate-text", "forget"], "reuse or compute"),
+    (["deepcache", "--tgate", "5", "--tgate-text", "compute", "--tgate-guidance", "keep"], "does nothing")])
 def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
     code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", "--cache", *flags)
     assert code == 2 and words in stderr and "Traceback" not in stderr and list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_need_another_one_say_so(narrow, tmp_path, command):
+    for flags, words in ((["--compare"], "add --cache or --tgate"),
+                         (["--cache-units", "mid"], "belongs to --cache inherit")):
+        code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
+        assert code == 2 and words in stderr and list(tmp_path.iterdir()) == []

@@ -1,0 +1,343 @@
+"""What the caches save: multiply-adds by torch's FLOP counter, seconds by the clock, and what becomes of the pictures.
+
+    python -m benchmarks.cache                                                 # everything, SD 1.5's shapes, on the CPU
+    python -m benchmarks.cache --parts macs --family sdxl --size 1024
+    python -m benchmarks.cache --parts passes schedules --device cuda --dtype bfloat16 --schedule-size 512 --rounds 20
+
+Four parts, each a function whose rows are printed as a table: `macs`, of a pass alone, of one latent (no weights are
+made for it); `passes`, the time of a key step and of cheap ones; `schedules`, of whole runs of the sampling loop;
+`tiny`, of complete pictures of the tiny model, with the exact score and the likeness to the uncached picture.
+Weights are random except in the last. Times are medians of rounds in one process, in each of which everything is timed
+once, in an order that turns from round to round; speed-ups are medians of each round's own ratio.
+"""
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate, run_macs, unit_macs
+from folder import InputError, replacing, run_command
+from lab.evaluate import evaluate
+from lab.freeu_study import mixed_prompts, paired_interval
+from sampler import generate
+from txt2img import TINY, StableDiffusion, psnr
+from unet import CONFIGS, UNet, sinusoid
+
+Techniques = dict[str, Any]                                # the arguments `cache` and `tgate` of a run
+
+
+def schedules_of(steps: int, up_units: int) -> dict[str, Techniques]:
+    """What is compared, by name; the first is what the others are compared with."""
+    gate, center = max(2 * steps // 5, 1), 3 * steps // 10
+    table = {"full": {}}
+    for keys in ("paper", "rescaled", 2, 4, 5, 10):
+        for parallel in (False, True):
+            name = f"Faster Diffusion, {keys if isinstance(keys, str) else f'every {keys}'}"
+            table[name + (", parallel" if parallel else "")] = {"cache": FasterDiffusion(keys, parallel)}
+    table |= {f"DeepCache b{b}, N = {n}": {"cache": DeepCache(n, b)} for b in (0, 1, 2) for n in (2, 3, 5, 10)}
+    table |= {f"DeepCache b1, N = {n}, around {center}": {"cache": DeepCache(n, 1, center)} for n in (3, 5)}
+    table |= {f"inherit d4-u{up_units - 5}, every 3": {"cache": Inherit(f"d4-u{up_units - 5}", 3)}}
+    table |= {f"T-GATE {gate}": {"tgate": TGate(gate)},
+              f"T-GATE {gate}, guidance kept": {"tgate": TGate(gate, guidance="keep")},
+              f"T-GATE {gate}, text computed": {"tgate": TGate(gate, text="compute")},
+              f"DeepCache b1, N = 3, T-GATE {gate}": {"cache": DeepCache(3, 1), "tgate": TGate(gate)}}
+    return {name: techniques for name, techniques in table.items() if fits(techniques, steps)}
+
+
+def fits(techniques: Techniques, steps: int) -> bool:
+    """Whether a run of so many steps can have this schedule."""
+    try:
+        if "cache" in techniques:
+            techniques["cache"].key_steps(steps)
+        if "tgate" in techniques:
+            techniques["tgate"].start(steps, 0)
+    except ValueError:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------- arithmetic
+
+def pass_macs(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | None,
+              features: Features | None = None) -> int:
+    """Multiply-adds of a pass as torch counts them (half its FLOPs), with the time and text projections that it needs.
+
+    The sampling loop makes these once for all units and steps; here those of units that run count. On the meta
+    device: torch's counter misses the CPU's attention.
+    """
+    shifts, text = unet.embed_time(t, added), unet.embed_text(context)
+    middle = (list(unet.mid_block.resnets), unet.mid_block.attentions[0])
+    units = [([], None), *(([u.resnet] if u.resnet else [], u.attention) for u in unet.down_units()),
+             middle, *(([u.resnet], u.attention) for u in unet.up_units())]
+    with FlopCounterMode(display=False) as counter:
+        unet(x, shifts, text, cache=features)
+        emb = unet.time_embedding(sinusoid(t.reshape(-1), unet.config.channels[0]).to(x.dtype))
+        if added is not None:
+            unet.add_embedding(added)
+        for number, (resnets, attention) in enumerate(units):
+            if features is None or features.runs(number):
+                for resnet in resnets:
+                    resnet.time_emb_proj(emb)
+                for block in [] if attention is None else attention.transformer_blocks:
+                    block.attn2.keys_values(context)
+    return counter.get_total_flops() // 2
+
+
+def macs(family: str, side: int) -> list[dict[str, Any]]:
+    """One pass of one row: full, encoder, decoder, and the cheap pass of every branch; counted, and by `unit_macs`."""
+    config = CONFIGS[family]
+    with torch.device("meta"):
+        unet = UNet(config)
+        x, t, context = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, 77, config.context_dim)
+        added = torch.empty(1, config.add_dim) if config.add_dim else None
+    units, n = [sum(unit) for unit in unit_macs(unet, side, side)], len(unet.up_units())
+    full = pass_macs(unet, x, t, context, added)
+    rows = [{"pass": "full", "G": full / 1e9, "of full": 1.0, "by unit_macs": sum(units) / 1e9}]
+
+    def cheap(name: str, cache: FasterDiffusion | DeepCache) -> int:
+        features = cache.start(2, {0}, unet)
+        unet(x, t, context, added, cache=features.at(0))
+        count = pass_macs(unet, x, t, context, added, features.at(1))
+        rows.append({"pass": name, "G": count / 1e9, "of full": count / full,
+                     "by unit_macs": sum(units[k] for k in features.between) / 1e9,
+                     "cache, elements a row": sum(h.numel() for h in features.kept.values())})
+        return count
+    decoder = cheap("decoder", FasterDiffusion(2))
+    rows.insert(1, {"pass": "encoder and middle", "G": (full - decoder) / 1e9, "of full": 1 - decoder / full,
+                    "by unit_macs": sum(units[:n + 1]) / 1e9})
+    for branch in range(n):
+        cheap(f"branch {branch}", DeepCache(2, branch))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds, of the device's work too."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def alternate(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every call in every round, behind a warm-up; each round begins one further down the list."""
+    seconds, names = {name: [] for name in calls}, list(calls)
+    for name in names:
+        calls[name]()
+    for k in range(rounds):
+        for name in names[k % len(names):] + names[:k % len(names)]:
+            seconds[name].append(timed(calls[name], device))
+    return seconds
+
+
+def against_first(seconds: dict[str, list[float]], ideal: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows: median seconds, speed-up over the first (median, least and greatest of the rounds), ideal, their ratio."""
+    base, rows = next(iter(seconds.values())), []
+    for name, values in seconds.items():
+        ratios = [b / v for b, v in zip(base, values)]
+        rows.append({"what": name, "seconds": median(values), "speed-up": median(ratios), "least": min(ratios),
+                     "greatest": max(ratios), "by arithmetic": ideal[name], "reached": median(ratios) / ideal[name]})
+    return rows
+
+
+def inputs(args: argparse.Namespace, size: int) -> tuple[UNet, Tensor, Tensor, Tensor | None]:
+    """A U-Net with random weights, latents (B, ...), texts and added conditions of guidance's halves (2B, ...)."""
+    config, dtype, rows = CONFIGS[args.family], getattr(torch, args.dtype), 2 * args.batch
+    generator = torch.Generator().manual_seed(0)
+    with torch.device(args.device), torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        unet = UNet(config).to(dtype).requires_grad_(False)
+    if dtype != torch.float32:
+        unet.to(memory_format=torch.channels_last)
+    x = torch.randn(args.batch, 4, size // 8, size // 8, generator=generator).to(args.device)
+    context = torch.randn(rows, 77, config.context_dim, generator=generator).to(args.device, dtype)
+    added = torch.randn(rows, config.add_dim, generator=generator).to(args.device, dtype) if config.add_dim else None
+    return unet, x, context, added
+
+
+def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One pass of both halves of guidance: in full, a key step (which keeps references), and the cheap ones."""
+    unet, x, context, added = inputs(args, args.size)
+    x = x.repeat(2, 1, 1, 1).to(context.dtype)
+    shifts, text = unet.embed_time(torch.tensor(500, device=args.device), added), unet.embed_text(context)
+    call = torch.compile(unet) if args.compile else unet
+    units, n = unit_macs(unet, args.size // 8, args.size // 8), len(unet.up_units())
+    full, cross = sum(map(sum, units)), sum(text for _, text in units)
+    calls, ideal = {"full": lambda: call(x, shifts, text)}, {"full": 1.0}
+    caches = {"Faster Diffusion, decoder": FasterDiffusion(2)}
+    branches = range(n) if args.branches is None else [b for b in args.branches if b < n]
+    caches |= {f"DeepCache, branch {b}": DeepCache(2, b) for b in branches}
+    for name, cache in caches.items():
+        features = cache.start(2, {0}, unet)
+        unet(x, shifts, text, cache=features.at(0))
+        features.at(1)
+        calls[name] = lambda features=features: call(x, shifts, text, cache=features)
+        ideal[name] = full / sum(sum(units[k]) for k in features.between)
+        if cache == FasterDiffusion(2):
+            key = cache.start(2, {0}, unet).at(0)
+            calls["Faster Diffusion, key step"], ideal["Faster Diffusion, key step"] = (
+                lambda key=key: call(x, shifts, text, cache=key), 1.0)
+    gate = TextGate()
+    unet(x, shifts, text, gate=gate)
+    gate.close(average=False)
+    calls["T-GATE, guidance kept"] = lambda: call(x, shifts, text, gate=gate)
+    ideal["T-GATE, guidance kept"] = full / (full - cross)
+    rows = against_first(alternate(calls, args.rounds, args.device), ideal)
+    if args.profile:
+        for row in rows:
+            row["share of time by operation"] = profile(calls[row["what"]])
+    return rows
+
+
+def profile(call: Callable[[], Any], count: int = 8) -> dict[str, float]:
+    """Which operations the time goes to, in shares of their sum; the greatest."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with torch.profiler.profile(activities=kinds) as seen:
+        call()
+    on_gpu = any(event.self_device_time_total for event in seen.key_averages())
+    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+             for event in seen.key_averages()}
+    most = sorted(spent, key=spent.get, reverse=True)[:count]
+    return {key: round(spent[key] / sum(spent.values()), 4) for key in most}
+
+
+def schedules(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whole runs of the loop with guidance, at --schedule-size."""
+    unet, noise, context, added = inputs(args, args.schedule_size)
+    halves = [None if value is None else value.chunk(2) for value in (context, added)]
+    side = args.schedule_size // 8
+
+    def run(techniques: Techniques) -> None:
+        negative_added, positive_added = halves[1] or (None, None)
+        for _ in generate(unet, noise, halves[0][1], halves[0][0], args.steps, added=positive_added,
+                          negative_added=negative_added, **techniques):
+            pass
+    table = {name: techniques for name, techniques in schedules_of(args.steps, len(unet.up_units())).items()
+             if args.only is None or name == "full" or any(part in name for part in args.only)}
+    counts = {name: run_macs(unet, side, side, args.steps, **techniques) for name, techniques in table.items()}
+    calls = {name: lambda techniques=techniques: run(techniques) for name, techniques in table.items()}
+    rows = against_first(alternate(calls, args.rounds, args.device), {k: counts["full"] / v for k, v in counts.items()})
+    for row, techniques in zip(rows, table.values()):
+        row["G a picture"] = counts[row["what"]] / 1e9
+        row["cache, MB"] = cache_bytes(techniques, args, side) / 1e6
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            run(techniques)
+            row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return rows
+
+
+def cache_bytes(techniques: Techniques, args: argparse.Namespace, side: int) -> int:
+    """What a run's cache and T-GATE keep between steps, for both halves of guidance."""
+    config, dtype, rows = CONFIGS[args.family], getattr(torch, args.dtype), 2 * args.batch
+    with torch.device("meta"):
+        unet = UNet(config).to(dtype)
+        x = torch.empty(rows, 4, side, side, dtype=dtype)
+        context = torch.empty(rows, 77, config.context_dim, dtype=dtype)
+        added = torch.empty(rows, config.add_dim, dtype=dtype) if config.add_dim else None
+        features = techniques["cache"].start(args.steps, {0}, unet) if "cache" in techniques else None
+        gate = techniques["tgate"].start(args.steps, 0)[1] if "tgate" in techniques else None
+        unet(x, torch.tensor(500.0), context, added, cache=features, gate=gate)
+    kept = [*(features.kept.values() if features else ()), *(gate.kept.values() if gate else ())]
+    return sum(h.numel() * h.element_size() for h in kept)
+
+
+def tiny(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Complete pictures of the tiny model, several at a time: time of one, exact score, likeness to the uncached."""
+    sd = StableDiffusion.load(TINY, args.device)
+    side, prompts = sd.config.size // sd.config.vae.factor, mixed_prompts(args.n, seed=40_000)
+    table = {name: techniques for name, techniques in schedules_of(args.steps, len(sd.unet.up_units())).items()
+             if args.only is None or name == "full" or any(part in name for part in args.only)}
+    settings = {"steps": args.steps, "cfg_scale": 4.0}
+    few = prompts[:args.tiny_batch]
+
+    def draw(techniques: Techniques) -> None:
+        sd.decode(sd.sample(few, seed=0, **settings, **techniques))
+    calls = {name: lambda techniques=techniques: draw(techniques) for name, techniques in table.items()}
+    tokens = sd.config.text_encoder.length
+    counts = {name: run_macs(sd.unet, side, side, args.steps, **techniques, tokens=tokens)
+              for name, techniques in table.items()}
+    rows = against_first(alternate(calls, args.rounds, args.device), {k: counts["full"] / v for k, v in counts.items()})
+    plain: list[np.ndarray] = []
+    for row, techniques in zip(rows, table.values()):
+        row["G a picture"], row["seconds"] = counts[row["what"]] / 1e9, row["seconds"] / len(few)
+        verdicts, pictures = evaluate(sd, prompts, batch=50, seed=0, **settings, **techniques)
+        plain = plain or pictures
+        right = np.array([v.ok for v in verdicts])
+        likeness = [psnr(*(torch.from_numpy(p).float() / 255 for p in pair)) for pair in zip(pictures, plain)]
+        row |= {"score": float(right.mean()), "95 % interval": paired_interval(right, 0 * right), "n": len(prompts)}
+        row |= {"PSNR, dB (median)": None if pictures is plain else median(likeness)}
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A Markdown table of what rows have in common with the first two kinds of them."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "share of time by operation"]
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+
+    def text(value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return " to ".join(map(text, value))
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    for row in rows:
+        print(f"| {' | '.join(text(row.get(column)) for column in columns)} |", flush=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the caches save, counted and timed.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "tiny"],
+                        choices=["macs", "passes", "schedules", "tiny"])
+    parser.add_argument("--family", default="sd15", choices=CONFIGS, help="architecture, with random weights")
+    parser.add_argument("--size", type=int, default=512, help="pixels of macs and passes (8 a latent pixel)")
+    parser.add_argument("--schedule-size", type=int, default=128, help="pixels of schedules")
+    parser.add_argument("--steps", type=int, default=50, help="of schedules and tiny")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1, help="pictures of passes and schedules, each with guidance")
+    parser.add_argument("--branches", type=int, nargs="+", help="of passes (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="schedules whose names contain one of these")
+    parser.add_argument("--n", type=int, default=500, help="pictures of the tiny model that are judged")
+    parser.add_argument("--tiny-batch", type=int, default=1, help="pictures of the tiny model at a time, when timed")
+    parser.add_argument("--profile", action="store_true", help="passes: also which operations the time goes to (JSON)")
+    parser.add_argument("--compile", action="store_true", help="passes: with torch.compile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows here; parts that it has stay")
+    args = parser.parse_args()
+    counts = (args.rounds, args.batch, args.n, args.tiny_batch, args.steps, args.size, args.schedule_size)
+    if min(counts) < 1 or args.size % 64 or args.schedule_size % 64:
+        raise InputError("counts must be 1 or more, and sizes multiples of 64")
+    where = (f"{args.device}, {args.dtype}{', compiled' if args.compile else ''}, {torch.get_num_threads()} threads, "
+             f"{args.rounds} rounds, batch {args.batch}")
+    titles = {"macs": f"{args.family}, {args.size} px: multiply-adds of one pass and row",
+              "passes": f"{args.family}, {args.size} px, {where}: one pass with guidance",
+              "schedules": f"{args.family}, {args.schedule_size} px, {args.steps} steps, {where}: a run with guidance",
+              "tiny": f"tiny model, {args.steps} steps, guidance 4, {where}: {args.tiny_batch} pictures at a time"}
+    parts = {"macs": lambda: macs(args.family, args.size // 8), "passes": lambda: passes(args),
+             "schedules": lambda: schedules(args), "tiny": lambda: tiny(args)}
+    for part in args.parts:
+        rows = parts[part]()
+        show(titles[part], rows)
+        if args.json:
+            results = json.loads(args.json.read_text()) if args.json.exists() else {}
+            with replacing(args.json) as file:
+                file.write_text(json.dumps({**results, titles[part]: rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

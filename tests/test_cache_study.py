@@ -1,0 +1,76 @@
+"""lab/cache_study.py: watching changes nothing and sees every unit, and one small run leaves its files and resumes."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from folder import InputError
+from lab import cache_study
+from lab.cache_study import Watching, arms, interval
+from sampler import generate
+from unet import UNet, UNetConfig
+
+NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_watching_changes_nothing_and_sees_every_unit_at_every_step():
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        unet = UNet(NARROW).requires_grad_(False)
+    arguments, watching = (unet, randn(2, 4, 8, 8), randn(2, 5, 8), randn(2, 5, 8, seed=1), 4), Watching(2)
+    plain, seen = ([x for _, x in generate(*arguments, cache=cache)] for cache in (None, watching))
+    assert all(torch.equal(a, b) for a, b in zip(plain, seen))
+    watch = watching.watch
+    assert set(watch.size) == {(i, unit) for i in range(4) for unit in range(25)}
+    assert set(watch.moved) == {(i, unit) for i in range(1, 4) for unit in range(25)}
+    convolved = [unet.conv_in(x) for x in (randn(2, 4, 8, 8), plain[0])]           # what conv_in saw at steps 0 and 1
+    change = (convolved[1] - convolved[0]).flatten(1).norm(dim=1) / convolved[0].flatten(1).norm(dim=1)
+    assert watch.moved[1, 0] == pytest.approx(change, rel=1e-4)
+
+
+def test_every_arm_fits_into_runs_from_20_steps_on_and_every_base_is_one():
+    for steps in (20, 50):
+        table = arms(steps)
+        for arm in table.values():
+            assert arm.base in table
+            if "cache" in arm.settings:
+                assert arm.settings["cache"].key_steps(steps)[0] == 0
+    assert list(table)[0] == "base" and table["base"].settings == {}
+
+
+def test_the_bootstrap_interval_of_a_mean_holds_it():
+    low, high = interval(np.array([1.0, 0.0] * 50))
+    assert low < 0.5 < high and 0.15 < high - low < 0.25
+
+
+def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+
+    def run(*flags) -> None:
+        monkeypatch.setattr(sys, "argv", ["cache_study", "--out", str(tmp_path), "--steps", "20", "--n", "2",
+                                          "--images", "1", "--rounds", "1", "--only", "b1 N10", *flags])
+        cache_study.main()
+    run("--curves", "--measure")
+    assert {path.name for path in tmp_path.iterdir()} == {"cache.json", "curves.png", "quality.png", "pictures.png",
+                                                          "base.npy", "FreeU.npy"}
+    numbers = json.loads((tmp_path / "cache.json").read_text())
+    assert set(numbers["measure"]) == {"base", "FreeU", "DeepCache b1 N10"}
+    arm = numbers["measure"]["DeepCache b1 N10"]
+    assert 3 < arm["arithmetic"] < 4 and arm["PSNR"] < numbers["measure"]["base"]["PSNR"] and len(arm["verdicts"]) == 2
+    assert len(numbers["figures"]["curves"]["encoder, mid"]["moved"]) == 19
+    monkeypatch.setattr(cache_study, "evaluate", None)
+    monkeypatch.setattr(cache_study, "curves", None)
+    run("--curves", "--measure")
+    assert "DeepCache b1 N10" in capsys.readouterr().out
+
+
+def test_too_few_steps_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["cache_study", "--steps", "10", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="20 or more"):
+        cache_study.main()
