@@ -173,15 +173,15 @@ def measure(sd: StableDiffusion, table: dict[str, Arm], settings: dict[str, Any]
               f"{numbers['over base']:+.3f} ({least:+.3f} to {most:+.3f})  {numbers['PSNR']:6.1f}", flush=True)
 
 
-def clock(sd: StableDiffusion, table: dict[str, Arm], settings: dict[str, Any], rounds: int, out: Path) -> None:
-    """Adds the measured speed-up of every arm: sampling 16 pictures at a time, all arms in turn, medians."""
-    prompts = mixed_prompts(16, seed=60_000)
+def clock(sd: StableDiffusion, table: dict[str, Arm], settings: dict[str, Any], n: int, rounds: int, out: Path) -> None:
+    """Adds the measured speed-up of every arm: sampling n pictures at a time, all arms in turn, medians."""
+    prompts = mixed_prompts(n, seed=60_000)
     calls = {name: lambda arm=arm: sd.sample(prompts, **{**settings, **arm.settings}) for name, arm in table.items()}
     measured = read_json(out / "cache.json", "measure")
     for row in against_first(alternate(calls, rounds, sd.device.type),
                              {name: measured[name]["arithmetic"] for name in table}):
         write_json(out / "cache.json", "measure", row["what"], measured[row["what"]] | {
-            "speed-up, 16 at a time": [row["speed-up"], row["least"], row["greatest"]]})
+            f"speed-up, {n} at a time": [row["speed-up"], row["least"], row["greatest"]]})
 
 
 def draw(path: Path, names: list[str], n: int) -> None:
@@ -266,7 +266,7 @@ def main() -> None:
         table = {name: arm for name, arm in arms(args.steps).items()
                  if args.only is None or name in ("base", "FreeU") or any(part in name for part in args.only)}
         measure(sd, table, settings, made_with, args.n, args.seed, args.out)
-        clock(sd, table, settings, args.rounds, args.out)
+        clock(sd, table, settings, min(args.n, 16), args.rounds, args.out)
         draw(path, list(table), args.n)
         pictures(sd, table, settings, args.seed, args.out)
 
