@@ -34,6 +34,7 @@ from cache import DeepCache, FasterDiffusion
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_weights, read_config, replacing, run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
+from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -124,7 +125,8 @@ class StableDiffusion:
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
-               cache: DeepCache | FasterDiffusion | None = None, freescale: None = None, masks: None = None,
+               cache: DeepCache | FasterDiffusion | None = None, freescale: None = None,
+               masks: Masks | MaskSearch | None = None,
                init: Tensor | None = None, strength: float = 0.8,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
@@ -277,6 +279,10 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["Skip-Tuning"] = args.skip_tuning
     if args.scale_long is not None:
         pairs["ScaleLong"] = args.scale_long
+    if args.masks is not None or args.mask_random is not None:
+        chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
+        what = f"random {args.mask_random:g}" if args.masks is None else args.masks.name
+        pairs["Masks"] = " ".join([what, args.mask_mode, *chosen])
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
     texts = {name: str(value) for name, value in {**pairs, "RNG": "CPU"}.items()}
     quoted = {name: json.dumps(text) if any(c in text for c in ",:\n") else text for name, text in texts.items()}
@@ -338,6 +344,14 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
     group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
                        help="faster: prior noise injected in the second half")
+    group = parser.add_argument_group("weight masks (maskunet.py)")
+    group.add_argument("--masks", type=Path, metavar="FILE", help="learned ones, written by python maskunet.py train")
+    group.add_argument("--mask-random", type=float, metavar="RATIO", help="drop this part of the weights by chance")
+    group.add_argument("--mask-window", action="store_true", help="random: drop those in a random window of values")
+    group.add_argument("--mask-mode", choices=MODES, default="sample",
+                       help="threshold, expected: without chance; expected: weights times their probability")
+    group.add_argument("--mask-fixed", action="store_true", help="the same chance at every step")
+    group.add_argument("--mask-shared", action="store_true", help="the same chance with and without the prompt")
     return check_arguments(parser.parse_args())
 
 
@@ -345,6 +359,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
     read_freeu(args, "tiny")
     read_cache(args)
+    read_masks(args)
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -435,6 +450,25 @@ def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache 
     return cache
 
 
+def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | None:
+    """The masks that the flags ask for, those of a file only if there is a U-Net yet."""
+    if args.masks is not None and args.mask_random is not None:
+        raise InputError("--masks and --mask-random both mask the weights; give one of them")
+    if args.masks is not None and not args.masks.is_file():
+        raise InputError(f"there is no file {args.masks}; make one: python maskunet.py train")
+    try:
+        if args.mask_random is not None:
+            source = RandomMasks(args.mask_random, args.mask_window)
+        elif args.masks is not None and unet is not None:
+            source = load_masks(args.masks, unet)
+        else:
+            return None
+        one_network = args.mask_shared or args.mask_random is not None
+        return Masks(source, args.mask_mode, not args.mask_fixed, one_network)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts in order, each as often as --n says."""
     prompts = [args.prompt]
@@ -520,6 +554,7 @@ def main() -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
         read_cache(args, sd.unet)
+        masks = read_masks(args, sd.unet)
         if cache is not None:
             first = 0 if init_image is None else args.steps - int(args.steps * args.strength)
             run, every = cache.start(args.steps, first, sd.unet).units_run(first)
@@ -533,8 +568,8 @@ def main() -> None:
             latents = sd.sample(
                 [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
                 cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], height=height, width=width, eta=args.eta,
-                spacing=args.spacing, freeu=freeu, cache=cache, init=init, strength=args.strength,
-                callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
+                spacing=args.spacing, freeu=freeu, cache=cache, masks=masks, init=init,
+                strength=args.strength, callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)
         for k, image in zip(batch, images):

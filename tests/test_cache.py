@@ -202,9 +202,9 @@ class Counting(UNet):
             self.calls.append(("encode", len(x), down))
         return super().encode(x, shifts, text, down)
 
-    def decode(self, h, skips, shifts, text, freeu=None, cache=None):
+    def decode(self, h, skips, shifts, text, freeu=None, cache=None, masks=None):
         self.calls.append(("decode", len(skips[0]), 0 if cache is None else cache.up))
-        return super().decode(h, skips, shifts, text, freeu, cache)
+        return super().decode(h, skips, shifts, text, freeu, cache, masks)
 
 
 def calls(cache, steps: int = 10) -> list[tuple]:

@@ -1,0 +1,491 @@
+"""maskunet.py: against outputs of the official classes, the odds of every mask, what can learn, and what stays."""
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cache import DeepCache, FasterDiffusion
+from folder import InputError
+from freeu import FreeU, skip_tuning
+from maskunet import (
+    LAYERS,
+    DynamicMasks,
+    Gumbel,
+    Lift,
+    MaskGenerator,
+    Masks,
+    RandomMasks,
+    StaticMasks,
+    exponential,
+    load_masks,
+    masked_layers,
+    save_masks,
+)
+from sampler import SAMPLERS, generate
+from unet import CONFIGS, UNet, UNetConfig, linear, sinusoid
+
+NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
+XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
+                add_dim=6, groups=4)
+GOLDEN = load_file(Path(__file__).parent / "data/maskunet.safetensors")
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def narrow(config: UNetConfig = NARROW) -> UNet:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        return UNet(config).requires_grad_(False)
+
+
+UNETS = {config: narrow(config) for config in (NARROW, XL)}
+
+
+def random_dynamic(unet: UNet, **settings) -> DynamicMasks:
+    """Masks as after a training: every tensor random, about half of the weights kept."""
+    masks = DynamicMasks(unet, **settings).requires_grad_(False)
+    for k, p in enumerate(masks.parameters()):
+        p.copy_(0.3 * randn(*p.shape, seed=k))
+    return masks
+
+
+def call(masks, unet: UNet = UNETS[NARROW], batch: int = 2, step: int = 0, time: float = 500) -> torch.Tensor:
+    """One pass of the U-Net under these masks (None: without)."""
+    run = None if masks is None else masks.start(unet, seeded(*range(batch)), batch).at(step)
+    return unet(randn(batch, 4, 8, 8), torch.full((batch,), time), randn(batch, 5, 8, seed=1), masks=run)
+
+
+def trajectory(masks, unet: UNet = UNETS[NARROW], seeds: tuple[int, ...] = (0, 1), steps: int = 6, **more) -> list:
+    """The latents after every step of a guided run."""
+    noise = torch.cat([randn(1, 4, 8, 8, seed=seed) for seed in seeds])
+    context = torch.cat([randn(1, 5, 8, seed=seed + 10) for seed in seeds])
+    more = {"generators": seeded(*seeds), "cfg_scale": 3} | more
+    if unet.config.add_dim:
+        more["added"] = torch.cat([randn(1, 6, seed=seed + 20) for seed in seeds])
+    return [x for _, x in generate(unet, noise, context, torch.zeros_like(context), steps=steps, masks=masks, **more)]
+
+
+# -------------------------------------------------------------------------------------------------- official outputs
+
+def official(prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): p for name, p in GOLDEN.items() if name.startswith(prefix)}
+
+
+def official_parts() -> tuple[MaskGenerator, Lift, nn.Linear]:
+    """The official generator, adapter and layer in our classes: 1x1 convolutions are matrices."""
+    generator, layer = MaskGenerator(24, 16, 1280, "working", True, True), nn.Linear(12, 20).requires_grad_(False)
+    lift = Lift(generator.core, layer, 5.0)
+    g, a = official("A.gen."), official("A.adapter.")
+    names = {"time": "proj_temb", "fc1": "conv_kernel_mask.0", "fc2": "conv_kernel_mask.2", "rows": "conv_in",
+             "columns": "conv_out"}
+    for module, theirs in ((generator, g), (lift, a)):
+        for name, p in module.named_parameters():
+            part, kind = name.split(".")
+            p.data.copy_(theirs[f"{names[part]}.{kind}"].view_as(p))
+    layer.load_state_dict(official("A.linear."))
+    return generator, lift, layer
+
+
+def test_generator_lift_mask_and_layer_equal_the_official_ones_and_so_do_all_gradients():
+    generator, lift, layer = official_parts()
+    values = official("A.in.")
+    core = generator(values["sample"], values["res_sample"], values["temb"])
+    logits = lift(core)
+    logits.retain_grad()
+    mask = Gumbel().mask(logits, GOLDEN["A.noise.exp"])
+    y = linear(layer, values["x"], mask)
+    for got, name in ((core, "gen"), (logits, "logits"), (y, "y")):
+        assert (got - GOLDEN[f"A.out.{name}"]).abs().max() <= 2e-6
+    assert torch.equal(mask.detach(), GOLDEN["A.out.mask"])
+    (y * values["grad_y"]).sum().backward()
+    want = official("A.grad.")
+    pairs = [(logits.grad, want["logits"]), (lift.rows.weight.grad, want["adapter.conv_in.weight"]),
+             (lift.rows.bias.grad, want["adapter.conv_in.bias"]),
+             (lift.columns.weight.grad, want["adapter.conv_out.weight"]),
+             (lift.columns.bias.grad, want["adapter.conv_out.bias"]),
+             (generator.fc1.weight.grad, want["gen.conv_kernel_mask.0.weight"]),
+             (generator.fc1.bias.grad, want["gen.conv_kernel_mask.0.bias"]),
+             (generator.fc2.weight.grad, want["gen.conv_kernel_mask.2.weight"]),
+             (generator.fc2.bias.grad, want["gen.conv_kernel_mask.2.bias"]),
+             (generator.time.weight.grad.abs().max(), want["gen.proj_temb.weight_absmax"])]
+    for got, theirs in pairs:
+        assert (got.flatten() - theirs.flatten()).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_the_shared_mask_equals_the_official_one():
+    layer = nn.Linear(12, 20)
+    layer.load_state_dict(official("C.linear."))
+    logits = GOLDEN["C.logits"].clone().requires_grad_()
+    mask = Gumbel().mask(logits, GOLDEN["C.noise.exp"])
+    y = linear(layer, GOLDEN["A.in.x"], mask)
+    (y * GOLDEN["A.in.grad_y"]).sum().backward()
+    assert torch.equal(mask.detach(), GOLDEN["C.out.mask"]) and (y - GOLDEN["C.out.y"]).abs().max() <= 1e-6
+    assert (logits.grad - GOLDEN["C.grad.logits"]).abs().max() <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- the Gumbel-sigmoid
+
+def test_a_mask_is_exactly_zero_or_one_and_compares_the_noise_with_the_logits_exponential():
+    logits, noise = 2 * randn(300, 300), exponential((300, 300), seeded(0))[0]
+    assert torch.equal(Gumbel().mask(logits, noise), (noise < logits.exp()).float())
+    assert torch.equal(Gumbel(2).mask(logits, noise), (noise < torch.log1p(logits.exp())).float())
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for gumbel in (Gumbel(), Gumbel(2), Gumbel(threshold=0.3), Gumbel(temperature=0.1, threshold=0.9)):
+            assert gumbel.mask(logits.to(dtype), noise.to(dtype)).unique().tolist() == [0, 1]
+
+
+def binomial(p: float, n: int) -> float:
+    """Four standard deviations of a frequency."""
+    return max(4 * math.sqrt(p * (1 - p) / n), 1e-9)
+
+
+@pytest.mark.parametrize("form,odds", [(1, {1: .934012, 0: .632121, -1: .307799, 5: 1.0}),
+                                       (2, {1: .731059, 0: .5, -1: .268941, 5: .993307})])
+def test_the_density_is_that_of_one_gumbel_or_of_two(form, odds):
+    noise = exponential((1000, 1000), seeded(0))[0]
+    for logit, p in odds.items():
+        logits = torch.full_like(noise, logit)
+        assert abs(Gumbel(form).mask(logits, noise).mean() - p) <= binomial(p, noise.numel())
+        assert torch.allclose(Gumbel(form).probability(torch.tensor(float(logit))), torch.tensor(p), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_temperature_and_threshold_move_the_odds_as_computed(form):
+    noise, gumbel = exponential((1000, 1000), seeded(1))[0], Gumbel(form, temperature=0.7, threshold=0.8)
+    p = float(gumbel.probability(torch.tensor(0.5)))
+    assert abs(gumbel.mask(torch.full_like(noise, 0.5), noise).mean() - p) <= binomial(p, noise.numel())
+    assert 0.05 < float(Gumbel(form).probability(torch.tensor(0.5))) - p
+
+
+def test_without_chance_the_likelier_value_is_taken():
+    logits = torch.linspace(-2, 2, 999)
+    for form in (1, 2):
+        gumbel = Gumbel(form)
+        likelier = (gumbel.probability(logits) > 0.5).float()
+        assert torch.equal(gumbel.mask(logits, torch.full_like(logits, math.log(2))), likelier)
+        assert 0.3 < likelier.mean() < 0.7
+
+
+def test_the_gradient_of_a_mask_is_that_of_the_sigmoid():
+    layer, x, r = nn.Linear(12, 20), randn(5, 7, 12), randn(5, 7, 20, seed=1)
+    logits, noise = randn(20, 12, seed=2).requires_grad_(), exponential((20, 12), seeded(0))[0]
+    (linear(layer, x, Gumbel().mask(logits, noise)) * r).sum().backward()
+    soft = torch.sigmoid(logits.detach() - noise.log())
+    want = torch.einsum("bno,bni->oi", r, x) * layer.weight.detach() * soft * (1 - soft)
+    assert (logits.grad - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def test_the_gradients_scale_at_the_two_published_initial_logits():
+    noise = exponential((1000, 1000), seeded(0))[0]
+    for logit, want in ((5.0, 6.56e-3), (1.0, 0.1509)):
+        soft = torch.sigmoid(logit - noise.log())
+        assert abs((soft * (1 - soft)).mean() - want) <= 0.01 * want
+
+
+def test_noise_has_mean_one_and_comes_from_the_generators_alone():
+    state = torch.random.get_rng_state()
+    a, b = exponential((300, 300), seeded(0, 1))
+    call(Masks(random_dynamic(UNETS[NARROW])))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert abs(a.mean() - 1) < 0.02 and abs(a.var() - 1) < 0.05 and not torch.equal(a, b)
+    assert torch.equal(exponential((300, 300), seeded(1))[0], b)
+
+
+@pytest.mark.parametrize("settings,words", [
+    (dict(form=3), "1 or 2 Gumbels"), (dict(temperature=0), "temperature above 0"),
+    (dict(threshold=1), "between 0 and 1")])
+def test_bad_gumbel_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Gumbel(**settings)
+
+
+# --------------------------------------------------------------------------------------------- layers and their masks
+
+def test_the_masked_layers_of_sd15_are_the_published_72_and_the_network_has_the_published_size():
+    with torch.device("meta"):
+        unet = UNet(CONFIGS["sd15"])
+    layers = masked_layers(unet)
+    masks = DynamicMasks(unet)
+    assert len(layers) == 72 and sum(layer.weight.numel() for layer in layers.values()) == 49_029_120
+    assert sum(p.numel() for p in masks.lifts.parameters()) == 40_934_784
+    # less the fourth generator, of the block without attention, which the released code has and never calls
+    assert sum(p.numel() for p in masks.generators.parameters()) == 43_616_256 - 16_752_704
+    assert len(masked_layers(unet, ("attn2.to_k", "attn2.to_v"))) == 18
+
+
+@pytest.mark.parametrize("size", [(2, 7, 12, 20), (3, 64, 16, 16), (1, 5, 8, 16)])
+def test_a_mask_of_ones_changes_nothing_and_rows_have_their_own(size):
+    b, n, i, o = size
+    x, mask = randn(b, n, i), (randn(b, o, i, seed=1) > 0).float()
+    for layer in (nn.Linear(i, o), nn.Linear(i, o, bias=False)):
+        assert torch.equal(linear(layer, x, torch.ones(o, i)), layer(x))
+        assert (linear(layer, x, torch.ones(b, o, i)) - layer(x)).abs().max() <= 1e-6
+        want = torch.stack([F.linear(x[k], layer.weight * mask[k], layer.bias) for k in range(b)])
+        assert (linear(layer, x, mask) - want).abs().max() <= 1e-6
+        assert torch.equal(linear(layer, x, mask[0])[0], F.linear(x, layer.weight * mask[0], layer.bias)[0])
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
+def test_off_is_off_and_fresh_masks_keep_everything(config):
+    unet = UNETS[config]
+    plain = trajectory(None, unet)
+    assert torch.equal(trajectory(Masks(StaticMasks(unet, initial=5.0), "threshold"), unet)[-1], plain[-1])
+    for init in ("official", "working"):
+        got = trajectory(Masks(DynamicMasks(unet, init=init).requires_grad_(False)), unet)[-1]
+        assert (got - plain[-1]).abs().max() <= 1e-5 * plain[-1].abs().max()
+    assert torch.equal(trajectory(None, unet)[-1], plain[-1])
+
+
+def test_every_masked_layer_acts_and_only_those():
+    unet = UNETS[NARROW]
+    plain = call(None)
+    for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+                 "attn2.to_out.0"):
+        masks = Masks(StaticMasks(unet, (name,), initial=-math.inf), "threshold")    # the whole layer is dropped
+        other = UNet(NARROW).requires_grad_(False)
+        other.load_state_dict({key: p * (not key.startswith("up_blocks") or not key.endswith(f"{name}.weight"))
+                               for key, p in unet.state_dict().items()})
+        assert torch.equal(call(masks), call(None, other)) and not torch.equal(call(masks), plain)
+
+
+def test_the_density_is_set_by_the_initial_logits():
+    unet = UNETS[NARROW]
+    for masks in (StaticMasks(unet, initial=0.0), DynamicMasks(unet, initial=0.0)):
+        run = Masks(masks).start(unet, seeded(0, 1), 2).at(0)
+        unet(randn(2, 4, 8, 8), torch.tensor([500, 500]), randn(2, 5, 8), masks=run)
+        assert run.total == 2 * sum(layer.weight.numel() for layer in masked_layers(unet).values())
+        assert abs(run.density - 0.632121) <= binomial(0.632121, run.total)
+
+
+def test_the_expected_weights_are_the_mean_over_many_draws():
+    layer, x, logits = nn.Linear(12, 20), randn(1, 7, 12), randn(20, 12, seed=1)
+    noise = exponential((20, 12), seeded(*range(2000)))
+    with torch.no_grad():
+        mean = torch.stack([linear(layer, x, Gumbel().mask(logits, e)) for e in noise]).mean(dim=0)
+        assert (mean - linear(layer, x, Gumbel().probability(logits))).abs().max() < 0.05
+
+
+def test_modes_without_chance_need_no_generators_and_repeat():
+    unet = UNETS[NARROW]
+    for mode in ("threshold", "expected"):
+        masks = Masks(random_dynamic(unet), mode)
+        a, b = trajectory(masks, generators=None), trajectory(masks, generators=seeded(7, 8))
+        assert torch.equal(a[-1], b[-1]) and not torch.equal(a[-1], trajectory(None)[-1])
+    with pytest.raises(ValueError, match="pass generators, one per image"):
+        trajectory(Masks(random_dynamic(unet)), generators=None)
+    with pytest.raises(ValueError, match="sample, threshold, expected"):
+        Masks(random_dynamic(unet), "often")
+
+
+def test_fresh_noise_differs_by_step_by_image_and_by_half_and_fixed_or_shared_noise_does_not():
+    masks = StaticMasks(UNETS[NARROW], initial=0.0)
+    name = next(iter(masked_layers(UNETS[NARROW])))
+
+    def drawn(step: int, **how) -> torch.Tensor:
+        run = Masks(masks, **how).start(UNETS[NARROW], seeded(0, 1), 2, halves=2).at(step)
+        pairs = list(run.unit(3, randn(4, 16, 2, 2), randn(4, 16, 2, 2), randn(4, 32)))
+        assert name.endswith("3.to_q") or pairs[0][0].q.shape == (4, 16, 16)
+        return pairs[0][0].q.detach()
+    m = drawn(0)
+    assert all(not torch.equal(m[j], m[k]) for j in range(4) for k in range(j))
+    assert torch.equal(drawn(0), m) and not torch.equal(drawn(1), m)
+    assert torch.equal(drawn(1, fresh=False), drawn(0, fresh=False))
+    shared = drawn(1, shared=True)
+    assert torch.equal(shared[:2], shared[2:]) and not torch.equal(shared[0], shared[1])
+
+
+def test_a_picture_depends_on_its_own_seed_only():
+    for masks in (Masks(random_dynamic(UNETS[NARROW])), Masks(RandomMasks(0.2), shared=True)):
+        together, alone = trajectory(masks, seeds=(0, 1, 2))[-1], trajectory(masks, seeds=(1,))[-1]
+        assert (together[1:2] - alone).abs().max() <= 1e-4 * alone.abs().max()
+
+
+def test_masks_take_nothing_from_the_loops_noise():
+    plain, masked = (trajectory(masks, sampler="euler-a")[-1] for masks in (
+        None, Masks(DynamicMasks(UNETS[NARROW]).requires_grad_(False))))
+    assert (plain - masked).abs().max() <= 1e-5 * plain.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------- random masks
+
+def test_random_masks_drop_the_asked_ratio():
+    w = nn.Linear(400, 300)
+    for ratio in (0.0, 0.001, 0.066, 0.5, 1.0):
+        noise = exponential((300, 400), seeded(0))
+        m = Gumbel().mask(RandomMasks(ratio).logits("", w, None, seeded(0)), noise)
+        assert abs(1 - m.mean() - ratio) <= binomial(ratio, 120_000)
+        m = Gumbel().mask(RandomMasks(ratio, window=True).logits("", w, None, seeded(0, 1)), noise)
+        assert (m == 0).sum(dim=(1, 2)).tolist() == [round(ratio * 120_000)] * 2
+    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
+        RandomMasks(1.5)
+
+
+def test_a_window_drops_neighbouring_values_and_chance_drops_all_kinds():
+    w = nn.Linear(400, 300)
+    dropped = [w.weight[m == 0] for m in Gumbel().mask(
+        RandomMasks(0.05, window=True).logits("", w, None, seeded(0, 1)), torch.ones(()))]
+    noise = exponential((300, 400), seeded(0))[0]
+    scattered = w.weight[Gumbel().mask(RandomMasks(0.05).logits("", w, None, []), noise) == 0]
+    assert all(d.max() - d.min() < 0.2 * (w.weight.max() - w.weight.min()) for d in dropped)
+    assert abs(dropped[0].mean() - dropped[1].mean()) > 0.01
+    assert scattered.max() - scattered.min() > 0.9 * (w.weight.max() - w.weight.min())
+
+
+# ------------------------------------------------------------------------------------------------------ what can learn
+
+def test_the_lift_is_two_convolutions_and_of_low_rank():
+    generator, lift, _ = official_parts()
+    core = randn(2, 4, 6)
+    rows, columns = nn.Conv2d(4, 20, 1), nn.Conv2d(6, 12, 1)
+    rows.load_state_dict({"weight": lift.rows.weight[..., None, None], "bias": lift.rows.bias})
+    columns.load_state_dict({"weight": lift.columns.weight[..., None, None], "bias": lift.columns.bias})
+    want = columns(rows(core[..., None]).squeeze(3).transpose(1, 2)[..., None]).squeeze(3).transpose(1, 2)
+    assert (lift(core) - want).abs().max() <= 1e-6
+    lift = Lift((4, 6), nn.Linear(40, 50), 5.0).double()
+    for k, p in enumerate(lift.parameters()):
+        nn.init.normal_(p, generator=seeded(k)[0])
+    assert torch.linalg.matrix_rank(lift(core.double())[0]) == 4 + 2
+
+
+def gradient_steps(init: str) -> dict[str, int]:
+    """At which of four optimiser steps each tensor of block 1 first has a gradient that is not exactly zero."""
+    unet = UNETS[NARROW]
+    masks = DynamicMasks(unet, init=init)
+    optimizer, first = torch.optim.AdamW(masks.parameters(), lr=1e-2), {}
+    for step in range(4):
+        optimizer.zero_grad()
+        call(Masks(masks), step=step).square().mean().backward()
+        for name, p in masks.named_parameters():
+            if "/1/attentions/0" in name or name.startswith("generators.1"):
+                if p.grad.abs().max() > 0:
+                    first.setdefault(name.replace("up_blocks/1/attentions/0/transformer_blocks/0/", ""), step)
+        optimizer.step()
+    assert all(p.grad is None for p in unet.parameters())
+    return first
+
+
+def test_gradients_reach_every_tensor_in_three_steps_and_never_the_official_network():
+    parts = (("columns.weight", 0), ("columns.bias", 0), ("rows.bias", 1), ("rows.weight", 1))
+    tail = {f"lifts.{layer}.{p}".replace(".to_out.0.", ".to_out/0.").replace(".to_", "/to_"): step
+            for layer in LAYERS for p, step in parts}
+    network = {f"generators.1.{p}": 2 for p in ("time.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+    assert gradient_steps("working") == tail | network
+    assert gradient_steps("official") == {name: step for name, step in tail.items() if not name.endswith("rows.weight")}
+
+
+def learn_which_half(init: str, form: int, steps: int = 300) -> float:
+    """The mean loss of the last steps of a task that only a mask that depends on the time can solve.
+
+    At time 0 a layer's first inputs count and at time 900 its last ones.
+    """
+    with torch.random.fork_rng():
+        torch.random.manual_seed(1)
+        generator = MaskGenerator(16, 16, 32, init, True, True)
+        layer = nn.Linear(16, 8, bias=False).requires_grad_(False)
+        lift = Lift(generator.core, layer, 1.0)
+    optimizer, g = torch.optim.AdamW([*generator.parameters(), *lift.parameters()], lr=1e-2), seeded(1)[0]
+    losses, h = [], torch.zeros(32, 8, 1, 1)
+    for _ in range(steps):
+        late, x = torch.randint(2, (32,), generator=g), torch.randn(32, 4, 16, generator=g)
+        keep = torch.stack([torch.arange(16) < 8, torch.arange(16) >= 8])[late].float()
+        mask = Gumbel(form).mask(lift(generator(h, h, sinusoid(900.0 * late, 32))), exponential((8, 16), [g] * 32))
+        loss = (linear(layer, x, mask) - layer(x * keep[:, None])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_only_the_working_network_learns_a_mask_that_depends_on_the_time(form):
+    assert learn_which_half("working", form) < 0.02
+    assert learn_which_half("official", form) > 0.12
+
+
+def test_what_the_network_does_not_see_does_not_matter():
+    unet = UNETS[NARROW]
+
+    def core(masks: DynamicMasks, image: int, time: int) -> torch.Tensor:
+        return masks.core(1, randn(1, 16, 2, 2, seed=image), randn(1, 16, 2, 2), randn(1, 32, seed=time))
+    both, no_time, no_sample = (random_dynamic(unet, **s) for s in ({}, dict(time=False), dict(sample=False)))
+    for masks, image_acts, time_acts in ((both, True, True), (no_time, True, False), (no_sample, False, True)):
+        assert torch.equal(core(masks, 0, 0), core(masks, 1, 0)) != image_acts
+        assert torch.equal(core(masks, 0, 0), core(masks, 0, 1)) != time_acts
+
+
+def fingerprint(module: nn.Module) -> str:
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in module.state_dict().values())).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- together
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_masks_work_with_every_sampler(sampler):
+    masked = trajectory(Masks(random_dynamic(UNETS[NARROW])), sampler=sampler)[-1]
+    assert masked.isfinite().all() and not torch.equal(masked, trajectory(None, sampler=sampler)[-1])
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
+def test_masks_compose_with_freeu_and_both_caches(config):
+    unet = UNETS[config]
+    masks = Masks(random_dynamic(unet))
+    freeu = FreeU(1.3, 1.4, 0.9, 0.2, skip_scale=skip_tuning(0.8))
+    results = [trajectory(m, unet, freeu=f, cache=c)[-1] for m in (None, masks) for f in (None, freeu)
+               for c in (None, DeepCache(3, 4), DeepCache(2, 0), FasterDiffusion("paper"), FasterDiffusion((0, 2)))]
+    assert all(x.isfinite().all() for x in results)
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_a_cache_that_reuses_nothing_changes_nothing_under_masks():
+    masks = Masks(random_dynamic(UNETS[NARROW]))
+    plain = trajectory(masks)[-1]
+    for cache in (DeepCache(1, 3), FasterDiffusion(1, alpha=0.0)):
+        assert torch.equal(trajectory(masks, cache=cache)[-1], plain)
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
+def test_parallel_faster_diffusion_draws_the_same_masks_as_the_serial_one(config):
+    unet = UNETS[config]
+    masks = Masks(random_dynamic(unet))
+    one, many = (trajectory(masks, unet, cache=FasterDiffusion((0, 1, 4), parallel=p))[-1] for p in (False, True))
+    assert (one - many).abs().max() <= 1e-4 * one.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+@pytest.mark.parametrize("make", [random_dynamic, lambda unet: StaticMasks(unet, ("attn2.to_k",), initial=0.5),
+                                  lambda unet: random_dynamic(unet, time=False, gumbel=Gumbel(2, 0.5, 0.4))])
+def test_masks_survive_a_file(make, tmp_path):
+    masks = make(UNETS[NARROW])
+    save_masks(masks, tmp_path / "m.safetensors", {"steps": 7})
+    again = load_masks(tmp_path / "m.safetensors", UNETS[NARROW])
+    assert again.settings == masks.settings and again.gumbel == masks.gumbel and again.layers == masks.layers
+    assert torch.equal(call(Masks(masks)), call(Masks(again)))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_file_for_another_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_masks(DynamicMasks(UNETS[NARROW]), path)
+    with pytest.raises(InputError, match=r"for another model: lifts.up_blocks/1/.*to_k.columns.* \(8,.* has \(12,"):
+        load_masks(path, UNet(replace(NARROW, context_dim=12)))
+    with pytest.raises(InputError, match="doesn't know, the first is (generators|lifts)"):
+        load_masks(path, UNETS[XL])
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(InputError, match="not a file of masks"):
+        load_masks(path, UNETS[NARROW])
+    with pytest.raises(InputError, match="there is no file .*train the masks"):
+        load_masks(tmp_path / "none.safetensors", UNETS[NARROW])
