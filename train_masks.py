@@ -10,6 +10,9 @@ Shapes: B images of this process, H W pixels, h w latent pixels.
 import argparse
 import math
 import os
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,21 +57,24 @@ class Training:
                  weight_decay: float = 1e-2, seed: int = 0, **facts: Any):
         self.masks, self.path, self.seed = masks, path, seed
         self.optimizer = torch.optim.AdamW(masks.parameters(), lr=lr, weight_decay=weight_decay)
-        self.facts = dict(lr=lr, weight_decay=weight_decay, seed=seed, settings=repr(masks.settings), **facts)
+        self.facts = dict(lr=lr, weight_decay=weight_decay, seed=seed, masks=repr((masks.settings, masks.gumbel)),
+                          **facts)
         self.step, self.curve = 0, []              # curve: (step, loss, loss by time, density)
         if path is None or not path.exists():
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            wrong = [name for name in self.facts if state["facts"].get(name) != self.facts[name]]
-        except Exception as error:                 # torch.load raises many kinds
-            raise InputError(f"{path} is no checkpoint of mask training ({type(error).__name__}); remove it") from None
-        if wrong:
-            raise InputError(f"{path} was begun with {wrong[0]} {state['facts'].get(wrong[0])}, not "
-                             f"{self.facts[wrong[0]]}: go on as it began, or remove it")
-        masks.load_state_dict(state["masks"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.curve = state["step"], state["curve"]
+            for name, value in self.facts.items():
+                if state["facts"].get(name) != value:
+                    raise InputError(f"{path} was begun with {name} {state['facts'].get(name)}, not {value}: go on as "
+                                     "it began, or remove it")
+            masks.load_state_dict(state["masks"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.curve = state["step"], state["curve"]
+        except InputError:
+            raise
+        except Exception as error:                 # torch.load and load_state_dict raise many kinds
+            raise InputError(f"{path} is no checkpoint of this training ({type(error).__name__}); remove it") from None
 
     def save(self) -> None:
         if self.path is not None and rank() == 0:
@@ -85,6 +91,23 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@torch.no_grad()
+def noised(sd: StableDiffusion, images: Tensor, captions: list[str], generators: list[torch.Generator],
+           caption_dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None]]:
+    """Images (B, 3, H, W) to noisy latents x (B, 4, h, w), times (B,), what to predict, and the U-Net's conditions.
+
+    All of row k is drawn from generator k: whether its caption stays, the time, the latent, the noise.
+    """
+    alphas = sd.config.schedule.alphas().to(sd.device)
+    captions = ["" if torch.rand((), generator=g) < caption_dropout else c for g, c in zip(generators, captions)]
+    t = torch.stack([torch.randint(len(alphas), (), generator=g) for g in generators]).to(sd.device)
+    mean, logvar = (z.float() for z in sd.vae.encode(images.to(sd.device) * 2 - 1))
+    x0 = sd.config.vae.scaling * (mean + (0.5 * logvar).exp() * draw_noise(generators, mean))
+    eps, a = draw_noise(generators, mean), alphas[t][:, None, None, None]
+    target = eps if sd.config.prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps, t, target, sd.conditions(captions, None, *images.shape[-2:])
+
+
 def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor, list[str]]], steps: int,
           save_every: int = 500, log_every: int = 50, caption_dropout: float = 0.0) -> list[tuple]:
     """Learn masks with which the frozen U-Net predicts the noise better. Returns the curve: see `Training`.
@@ -93,50 +116,45 @@ def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor, li
     steps: optimiser steps in all; caption_dropout: part of the captions that is left out (as published: none).
     Every random number is a function of seed, step and place in the batch of all processes: runs resume exactly.
     """
-    model = MaskedUNet(sd.unet, run.masks.train())
+    model = MaskedUNet(sd.unet, run.masks)
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
-    alphas, scaling = sd.config.schedule.alphas().to(sd.device), sd.config.vae.scaling
     log = torch.zeros(2, BUCKETS + 1, dtype=torch.float64)             # sums and counts: the buckets, and the density
-    bar = tqdm(total=steps, initial=min(run.step, steps), desc="masks", unit="step", disable=rank() > 0)
-    for _, (images, captions) in zip(range(run.step, steps), batches):
-        seeds = [mix(run.seed, run.step, rank() * len(images) + k) for k in range(len(images))]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        captions = ["" if torch.rand((), generator=g) < caption_dropout else c for g, c in zip(generators, captions)]
-        t = torch.stack([torch.randint(len(alphas), (), generator=g) for g in generators]).to(sd.device)
-        with torch.no_grad():
-            context, added = sd.conditions(captions, None, *images.shape[-2:])
-            mean, logvar = (z.float() for z in sd.vae.encode(images.to(sd.device) * 2 - 1))
-            x0 = scaling * (mean + (0.5 * logvar).exp() * draw_noise(generators, mean))
-            eps, a = draw_noise(generators, mean), alphas[t][:, None, None, None]
-            x = a.sqrt() * x0 + (1 - a).sqrt() * eps
-            target = eps if sd.config.prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
-        out, density = parallel(x.to(sd.dtype), t, context, added, seeds, run.step)
-        losses = (out.float() - target).square().mean(dim=(1, 2, 3))
-        run.optimizer.zero_grad()
-        losses.mean().backward()
-        run.optimizer.step()
-        run.step += 1
+    with tqdm(total=steps, initial=min(run.step, steps), desc="masks", unit="step", disable=rank() > 0) as bar:
+        for _, (images, captions) in zip(range(run.step, steps), batches):
+            seeds = [mix(run.seed, run.step, rank() * len(images) + k) for k in range(len(images))]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            x, t, target, (context, added) = noised(sd, images, captions, generators, caption_dropout)
+            out, density = parallel(x.to(sd.dtype), t, context, added, seeds, run.step)
+            losses = (out.float() - target).square().mean(dim=(1, 2, 3))
+            run.optimizer.zero_grad()
+            losses.mean().backward()
+            run.optimizer.step()
+            run.step += 1
+            bar.update()
 
-        bucket = (t * BUCKETS // len(alphas)).cpu()
-        log[0].index_add_(0, bucket, losses.detach().double().cpu())
-        log[1].index_add_(0, bucket, torch.ones(len(bucket), dtype=torch.float64))
-        log[:, -1] += torch.stack([density.double().cpu(), torch.ones((), dtype=torch.float64)])
-        bar.update()
-        if run.step % log_every == 0 or run.step == steps:
-            total = log.to(sd.device if sd.device.type == "cuda" else "cpu")
-            if dist.is_initialized():
-                dist.all_reduce(total)
-            by_time = (total[0] / total[1]).tolist()                   # nan: no image had such a time
-            loss = float(total[0, :-1].sum() / total[1, :-1].sum())
-            run.curve.append((run.step, loss, by_time[:-1], by_time[-1]))
-            log.zero_()
-            if rank() == 0:
-                tqdm.write(f"step {run.step}  loss {loss:.5f}  by time {' '.join(f'{x:.4f}' for x in by_time[:-1])}  "
-                           f"density {by_time[-1]:.4f}")
-        if run.step % save_every == 0 or run.step == steps:
-            run.save()
-    bar.close()
+            bucket = (t * BUCKETS // sd.config.schedule.train_steps).cpu()
+            log[0].index_add_(0, bucket, losses.detach().double().cpu())
+            log[1].index_add_(0, bucket, torch.ones(len(bucket), dtype=torch.float64))
+            log[:, -1] += torch.stack([density.double().cpu(), torch.ones((), dtype=torch.float64)])
+            save = run.step % save_every == 0 or run.step == steps
+            if save or run.step % log_every == 0:                      # a checkpoint knows of no sums that were begun
+                loss, by_time, kept = summary(log.to(sd.device if sd.device.type == "cuda" else "cpu"))
+                run.curve.append((run.step, loss, by_time, kept))
+                log = torch.zeros_like(log)
+                if rank() == 0:
+                    tqdm.write(f"step {run.step}  loss {loss:.5f}  by time {' '.join(f'{x:.4f}' for x in by_time)}  "
+                               f"density {kept:.4f}")
+            if save:
+                run.save()
     return run.curve
+
+
+def summary(log: Tensor) -> tuple[float, list[float], float]:
+    """Mean loss, mean loss by time (nan where no image had such a time) and density, over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(log)
+    *by_time, density = (log[0] / log[1]).tolist()
+    return float(log[0, :-1].sum() / log[1, :-1].sum()), by_time, density
 
 
 def read_pairs(folder: Path) -> list[tuple[Path, str]]:
@@ -205,6 +223,12 @@ def main() -> None:
         if not ok:
             raise InputError(f"{flag} must be {legal}")
     pairs = read_pairs(args.data)
+    try:
+        with tempfile.TemporaryFile(dir=args.out.parent):              # better now than after hours of work
+            pass
+    except OSError as error:
+        raise InputError(f"can't write to {args.out.parent} ({error.strerror}); choose another --out") from None
+    warnings.showwarning = lambda message, *_: tqdm.write(f"note: {message}", file=sys.stderr)
     device = torch.device(args.device)
     if "RANK" in os.environ:                                           # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
