@@ -29,6 +29,7 @@ from maskunet import (
     Lift,
     MaskGenerator,
     Masks,
+    MaskSearch,
     RandomMasks,
     StaticMasks,
     exponential,
@@ -36,6 +37,7 @@ from maskunet import (
     masked_layers,
     mix,
     save_masks,
+    score_latents,
 )
 from sampler import SAMPLERS, generate
 from train_masks import Training, noised, read_batches, read_pairs, train
@@ -679,3 +681,148 @@ def test_bad_training_flags_end_in_one_clear_line(flags, words, model, data, tmp
 def test_bad_mask_flags_end_in_one_clear_line(flags, words, model, tmp_path, command):
     code, _, err = command(txt2img.main, "a circle", "--model", model, "--out", tmp_path / "o.png", *flags)
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- the training-free path
+
+def nearness(x0: torch.Tensor) -> torch.Tensor:
+    """A score: how near each image's latents are to fixed ones."""
+    return -(x0 - randn(1, *x0.shape[1:], seed=9)).square().mean(dim=(1, 2, 3))
+
+
+def constant(x0: torch.Tensor) -> torch.Tensor:
+    return 0 * x0.sum(dim=(1, 2, 3))
+
+
+def one_step(search: MaskSearch, step: int = 0, unet: UNet = UNETS[NARROW]):
+    """A run after its search at one step, and the function that predicts x0 with the masks it left."""
+    run = search.start(unet, seeded(0, 1), 2).at(step)
+
+    def predict() -> torch.Tensor:
+        return 3 * unet(randn(2, 4, 8, 8), torch.tensor(500), randn(2, 5, 8, seed=1), masks=run)
+    run.search(predict)
+    return run, predict
+
+
+def test_the_search_climbs_its_score_at_every_step_anew():
+    run, predict = one_step(MaskSearch(nearness, 9, lr=0.1))
+    run.at(1).search(predict)
+    assert [len(scores) for scores in run.history] == [9, 9]
+    for scores in map(torch.tensor, run.history):
+        assert (scores[-3:].mean(dim=0) > scores[:3].mean(dim=0)).all()
+    assert all(p.grad is None for p in UNETS[NARROW].parameters())
+
+
+def test_the_released_schedule_searches_in_the_second_half_only():
+    search = MaskSearch(nearness, 4, "released")
+    assert [search.updates(step) for step in range(15)] == [0] * 7 + [9] * 8
+    assert [len(one_step(search, step)[0].history[0]) for step in (6, 7)] == [0, 9]
+    assert [len(one_step(MaskSearch(nearness, 4), step)[0].history[0]) for step in (6, 7)] == [4, 4]
+
+
+def test_no_iterations_are_masks_without_a_search():
+    want = trajectory(Masks(StaticMasks(UNETS[NARROW], initial=1.0).requires_grad_(False), shared=True))
+    got = trajectory(MaskSearch(nearness, iterations=0))
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and not torch.equal(got[-1], trajectory(None)[-1])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_leaves_the_solvers_history_and_noise_alone(sampler):
+    idle = trajectory(MaskSearch(constant, 2, keep="best"), sampler=sampler, steps=3)      # its first pass stays best
+    want = trajectory(MaskSearch(constant, 0), sampler=sampler, steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(idle, want))
+    found = trajectory(MaskSearch(nearness, 2), sampler=sampler, steps=3)
+    assert found[-1].isfinite().all() and not torch.equal(found[-1], want[-1])
+
+
+def test_every_step_begins_anew_and_ten_updates_move_a_logit_by_a_tenth():
+    for reset, updates in ((True, 10), (False, 20)):
+        search = MaskSearch(nearness, 10, reset=reset)
+        run, predict = one_step(search)
+        first = weights(run.masks.source)
+        run.at(1).search(predict)
+        assert {int(state["step"]) for state in run.optimizer.state.values()} == {updates}
+        for values in (first, weights(run.masks.source)):
+            moved = torch.cat([(p - 1).abs().flatten() for p in values])
+            assert moved.max() <= (0.102 if reset else 0.15) and moved.mean() > 0.01     # weight decay: 0.001
+
+
+def test_the_best_mask_is_the_one_that_scored_best_for_each_image_and_the_last_is_the_last():
+    for lr in (0.3, 1e-2):
+        run, predict = one_step(MaskSearch(nearness, 6, keep="best", lr=lr))
+        scores = torch.tensor(run.history[0])
+        assert len(scores) == 7 and torch.equal(nearness(predict()), scores.amax(dim=0))
+        assert not any(p.requires_grad or p.grad is not None for p in run.masks.source.parameters())
+    run, _ = one_step(MaskSearch(nearness, 6))
+    assert len(run.history[0]) == 6 and {row[-1] for row in run.rows} == {6}
+
+
+def test_checkpointing_computes_the_same_with_the_same_noise():
+    for cache in (None, DeepCache(2, 4)):
+        plain, saved = (trajectory(MaskSearch(nearness, 3, checkpointed=c), cache=cache, steps=3) for c in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(plain, saved))
+
+
+def test_the_search_for_one_image_knows_nothing_of_the_others():
+    a, b = (trajectory(MaskSearch(nearness, 3, keep="best"), seeds=seeds, steps=3)[-1] for seeds in ((0, 1), (0, 2)))
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
+
+
+def test_a_search_composes_with_freeu_and_caches_and_refuses_the_parallel_one():
+    freeu, search = FreeU(1.3, 1.4, 0.9, 0.2), MaskSearch(nearness, 2)
+    for unet in UNETS.values():
+        results = [trajectory(search, unet, freeu=f, cache=c, steps=3)[-1] for f in (None, freeu)
+                   for c in (None, DeepCache(2, 3), FasterDiffusion((0, 2)))]
+        assert all(x.isfinite().all() for x in results)
+        assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+    with pytest.raises(ValueError, match="without its parallel mode"):
+        trajectory(search, cache=FasterDiffusion("paper", parallel=True))
+
+
+def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
+    sd, prompts = StableDiffusion.load(model), ["a red circle", "a blue circle"]
+    for p in sd.unet.up_blocks.parameters():
+        p *= 2
+    seen = []
+
+    def redness(images: torch.Tensor, asked: list[str]) -> torch.Tensor:
+        assert asked == prompts and images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+        seen.append(images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)))
+        return seen[-1]
+    before = fingerprint(sd)
+    latents = sd.sample(prompts, steps=1, sampler="dpm++2m", cfg_scale=1,
+                        masks=MaskSearch(score_latents(sd.vae, redness, prompts), 20, keep="best", lr=0.3))
+    scores = torch.stack(seen).detach()
+    assert all(s.requires_grad for s in seen[:20]) and not seen[20].requires_grad
+    assert (scores[10:].mean(dim=0) > scores[0]).all()
+    # the last step of this solver ends at x0 itself, so that the picture is the one that scored best
+    assert torch.allclose(redness(sd.decode(latents), prompts), scores.amax(dim=0), atol=1e-5)
+    assert fingerprint(sd) == before
+    assert all(p.grad is None for module in (sd.unet, sd.vae) for p in module.parameters())
+
+
+def raising(error: Exception):
+    def score(x0: torch.Tensor) -> torch.Tensor:
+        raise error
+    return score
+
+
+@pytest.mark.parametrize("score,words", [
+    (raising(torch.OutOfMemoryError("CUDA out of memory")), "out of memory in the search .* lower --width and --height"),
+    (raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")), "out of memory in the search"),
+    (lambda x0: x0.sum(dim=(1, 2, 3)) * math.nan, "score is not finite at step 0")])
+def test_what_stops_a_search_is_one_clear_line(score, words):
+    with pytest.raises(InputError, match=words):
+        trajectory(MaskSearch(score, 2))
+
+
+def test_other_errors_of_a_score_are_not_hidden():
+    with pytest.raises(RuntimeError, match="shapes"):
+        trajectory(MaskSearch(raising(RuntimeError("shapes don't match")), 2))
+
+
+@pytest.mark.parametrize("settings,words", [(dict(iterations=-1), "0 or more"), (dict(keep="first"), "last or best"),
+                                            (dict(schedule="mine"), "paper or released")])
+def test_bad_search_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        MaskSearch(nearness, **settings)
