@@ -348,7 +348,9 @@ class MaskSearch:
     keep: "last", the mask after the last update, as published; "best", the one of all passes with the highest score.
     initial: the logits that every step begins with; 1 drops 6.6 % of the weights, as released.
     reset: a new optimiser at every step; False, as released: the moments of the step before go on acting.
-    checkpointed: keep no activations of U-Net and score but compute them twice; the noise is the same both times.
+    checkpointed: keep no activations of U-Net and score but compute them twice; the noise is the same both times. By
+        the sizes of what autograd keeps, SD 1.5 at 512 pixels in float16 needs 7.4 GiB (U-Net 4.5, autoencoder 2.8)
+        without it and 4.5 with it, beside 0.7 GiB for logits, gradients and optimiser, the weights, and the reward's.
     """
     score: Callable[[Tensor], Tensor]
     iterations: int = 15
@@ -391,21 +393,23 @@ class SearchRun(MaskRun):
 
         InputError where memory runs out and where a score is not finite.
         """
-        from folder import InputError
         try:
             with torch.enable_grad():
                 self.climb(predict)
         except FloatingPointError:
-            raise InputError(f"the score is not finite at step {self.step}: lower --cfg-scale or use float32") from None
+            raise input_error(f"the score of the masks, or its gradient, is not finite at step {self.step}: use "
+                              "--dtype bfloat16 or float32, or lower --cfg-scale") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                raise InputError("out of memory in the search for masks: add --mask-checkpoint, or lower --width and "
-                                 "--height, or --batch-size") from None
+                raise input_error("out of memory in the search for masks: add --mask-checkpoint, or lower --width and "
+                                  "--height, or --batch-size") from None
             raise
 
     def climb(self, predict: Callable[[], Tensor]) -> None:
         s, step, values = self.settings, self.step, list(self.masks.source.parameters())
         updates, images = s.updates(step), len(self.seeds)
+        half = self.unet.conv_in.weight.dtype == torch.float16
+        scale = 2.0 ** 12 if half else 1.0                             # the gradient of one pixel is 0 in float16
         for p in values:
             p.detach().fill_(s.initial)
             p.requires_grad_()
@@ -432,7 +436,11 @@ class SearchRun(MaskRun):
                         mine[image] = p.detach()[image]
             if k < updates:
                 self.optimizer.zero_grad()
-                (-score).sum().backward()                              # of each image only its own logits know
+                (-scale * score).sum().backward()                      # of each image only its own logits know
+                for p in values:
+                    p.grad /= scale
+                    if not p.grad.isfinite().all():
+                        raise FloatingPointError
                 self.optimizer.step()
         for p, mine in zip(values, kept):
             p.detach().copy_(mine)
@@ -441,6 +449,11 @@ class SearchRun(MaskRun):
             p.requires_grad_(False)
         self.history.append(scores)
         self.at(step, passes=best if s.keep == "best" else [updates] * images)
+
+
+def input_error(message: str) -> Exception:
+    from folder import InputError
+    return InputError(message)
 
 
 def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor],
@@ -453,7 +466,7 @@ def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor],
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-# From here on other files of this project are needed; what is above works with `unet.py` alone.
+# From here on other files of this project are needed; what is above runs with `unet.py` alone.
 
 KINDS = {"dynamic": DynamicMasks, "static": StaticMasks}
 
