@@ -437,9 +437,9 @@ class SearchRun(MaskRun):
             if k < updates:
                 self.optimizer.zero_grad()
                 (-scale * score).sum().backward()                      # of each image only its own logits know
-                for p in values:
-                    p.grad /= scale
-                    if not p.grad.isfinite().all():
+                for grad in (p.grad for p in values if p.grad is not None):      # a cache doesn't run every layer
+                    grad /= scale
+                    if not grad.isfinite().all():
                         raise FloatingPointError
                 self.optimizer.step()
         for p, mine in zip(values, kept):
