@@ -476,7 +476,7 @@ def save_masks(masks: DynamicMasks | StaticMasks, path: Path, training: dict[str
     from safetensors.torch import save_file
 
     from folder import replacing
-    kind = next(name for name, cls in KINDS.items() if type(masks).__name__ == cls.__name__)
+    kind = next(name for name, cls in KINDS.items() if type(masks) is cls)
     facts = {"kind": kind, "settings": masks.settings, "gumbel": asdict(masks.gumbel), "training": training or {}}
     with replacing(path) as part:
         save_file({name: p.detach().contiguous().cpu() for name, p in masks.state_dict().items()}, part,
