@@ -23,6 +23,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from freeu import FreeU
+    from maskunet import MaskRun
     from unet import PerUnit, ResBlock, SpatialTransformer, UNet
 
 
@@ -77,7 +78,7 @@ class Features:
         return x + self.alpha * first_x if self.alpha and t < 500 and late == self.late else x
 
     def decode_ahead(self, unet: "UNet", x: Tensor, i: int, shifts: list["PerUnit"], text: "PerUnit",
-                     freeu: "FreeU | None", gate: "TextGate | None" = None) -> Tensor:
+                     freeu: "FreeU | None", gate: "TextGate | None" = None, masks: "MaskRun | None" = None) -> Tensor:
         """Parallel Faster Diffusion: at a key step, predict for it and all steps up to the next one; else look it up.
 
         One call of the encoder, and the decoder on one batch: the rows of the first step, of the second, and so on.
@@ -96,7 +97,8 @@ class Features:
                 out = unet.decode(repeat(h, n), [repeat(skip, n) for skip in skips],
                                   stack_steps([shifts[j] for j in group[:n]], len(x)),
                                   text._replace(up=[kv and [(repeat(k, n), repeat(v, n)) for k, v in kv]
-                                                    for kv in text.up]), strength[0], gate=gate)
+                                                    for kv in text.up], source=repeat(text.source, n)),
+                                  strength[0], gate=gate, masks=None if masks is None else masks.at(*group[:n]))
                 self.ahead += out.chunk(n)
                 group = group[n:]
         return self.ahead.pop(0)
@@ -126,9 +128,10 @@ def repeat(x: Tensor, n: int) -> Tensor:
 
 
 def stack_steps(shifts: list["PerUnit"], batch: int) -> "PerUnit":
-    """The up units' time shifts of several steps as one batch, `batch` rows a step."""
-    rows = [[shift.expand(batch, -1) for shift in step.up] for step in shifts]
-    return shifts[0]._replace(up=[torch.cat(unit) for unit in zip(*rows)])
+    """The up units' time shifts, and the times' embeddings, of several steps as one batch, `batch` rows a step."""
+    rows = [[shift.expand(batch, -1) for shift in (*step.up, step.source)] for step in shifts]
+    *up, source = [torch.cat(unit) for unit in zip(*rows)]
+    return shifts[0]._replace(up=up, source=source)
 
 
 @dataclass(frozen=True)

@@ -160,10 +160,10 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path, remedy: str = "convert the model again") -> Iterator[Any]:
     """A safetensors file, mapped; InputError where it is absent, cut short or something else."""
     if not path.is_file():
-        raise InputError(f"there is no file {path}; convert the model again")
+        raise InputError(f"there is no file {path}; {remedy}")
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cache import DeepCache, FasterDiffusion, Inherit, TGate
     from freeu import FreeU
+    from maskunet import Masks, MaskSearch
     from unet import PerUnit
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a")
@@ -149,7 +150,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
              *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | Inherit | None" = None,
-             tgate: "TGate | None" = None, freescale: None = None, masks: None = None,
+             tgate: "TGate | None" = None, freescale: None = None, masks: "Masks | MaskSearch | None" = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
              ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
@@ -167,11 +168,13 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
     cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
     tgate: from a step on, reuse the attention to the text, or drop guidance, or both, see `cache.py`; needs a `UNet`.
-    freescale, masks: names kept for these techniques, which are not here yet; anything but None is an error.
+    freescale: a name kept for this technique, which is not here yet; anything but None is an error.
+    masks: masks on the weights of the U-Net's attention, given or searched for at each step, see `maskunet.py`; needs a
+        `UNet`, and generators where masks are drawn.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
-    if freescale is not None or masks is not None:
-        raise ValueError("FreeScale and masks are not here yet: leave freescale and masks at None")
+    if freescale is not None:
+        raise ValueError("FreeScale is not here yet: leave freescale at None")
     p = plan(sampler, steps, schedule, spacing)
     eta = 1.0 if sampler == "euler-a" else eta
     check_settings(sampler, prediction, eta, generators, strength)
@@ -192,7 +195,17 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     model_dtype = context.dtype
     text, shifts = prepare(unet, context, p, added)
 
+    def guide(out: Tensor) -> Tensor:
+        out = out.to(x.dtype)
+        if guided:
+            negative, positive = out.chunk(2)
+            out = negative + cfg_scale * (positive - negative)
+        return out
+
     features = None if cache is None else cache.start(steps, {start, gate_step}, unet)
+    drawn = None if masks is None else masks.start(unet, generators, len(noise), 1 + guided)
+    if drawn is not None and drawn.searches and features is not None and features.parallel:
+        raise ValueError("a search for masks needs every step's latents: use the cache without its parallel mode")
     first_x = x
     for i in range(start, steps):
         if i == gate_step:                                             # a key step of any cache
@@ -202,6 +215,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
             if dropped:
                 guided, added = False, None if added is None else added[len(noise):]
                 text, shifts = prepare(unet, context[len(noise):], p, added)
+                if drawn is not None:
+                    drawn.halves = (1,)
         techniques = {}                                                # what acts at this step; nothing by default
         if freeu is not None and (now := freeu.at(i / steps)) is not None:
             techniques["freeu"] = now
@@ -212,16 +227,16 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
             x = features.inject(x, first_x, p.times[i])
         x_in = x.to(model_dtype)
         x_in = torch.cat([x_in, x_in]) if guided else x_in
+        if drawn is not None:                                          # a search tries masks on this step's x0
+            techniques["masks"] = drawn.at(i)
+            drawn.search(lambda: x0_and_eps(x, guide(unet(x_in, shifts[i], text, added, **techniques)),  # noqa: B023
+                                            p.now[i], prediction)[0])  # noqa: B023
         if features is not None and features.parallel:
-            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu, gate)
+            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu, gate, drawn)
             x = features.inject(x, first_x, p.times[i], late=True)
         else:
             out = unet(x_in, shifts[i], text, added, **techniques)
-        out = out.to(x.dtype)
-        if guided:
-            negative, positive = out.chunk(2)
-            out = negative + cfg_scale * (positive - negative)
-        x = step(i, x, *x0_and_eps(x, out, p.now[i], prediction))
+        x = step(i, x, *x0_and_eps(x, guide(out), p.now[i], prediction))
         yield i, x
 
 

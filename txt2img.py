@@ -35,6 +35,7 @@ from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes, run_macs
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_tokenizer, load_weights, read_config, replacing, run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
+from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -126,7 +127,8 @@ class StableDiffusion:
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
                cache: DeepCache | FasterDiffusion | Inherit | None = None, tgate: TGate | None = None,
-               freescale: None = None, masks: None = None, init: Tensor | None = None, strength: float = 0.8,
+               freescale: None = None, masks: Masks | MaskSearch | None = None,
+               init: Tensor | None = None, strength: float = 0.8,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -274,6 +276,10 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["Skip-Tuning"] = args.skip_tuning
     if args.scale_long is not None:
         pairs["ScaleLong"] = args.scale_long
+    if args.masks is not None or args.mask_random is not None:
+        chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
+        what = f"random {args.mask_random:g}" if args.masks is None else args.masks.name
+        pairs["Masks"] = " ".join([what, args.mask_mode, *chosen])
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
     texts = {name: str(value) for name, value in {**pairs, "RNG": "CPU"}.items()}
     quoted = {name: json.dumps(text) if any(c in text for c in ",:\n") else text for name, text in texts.items()}
@@ -344,6 +350,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--tgate-guidance", default="drop", help="drop: one pass instead of two; or keep")
     group.add_argument("--compare", action="store_true",
                        help="also draw each picture without cache and T-GATE, for a sheet of both and the speed-up")
+    group = parser.add_argument_group("weight masks (maskunet.py)")
+    group.add_argument("--masks", type=Path, metavar="FILE", help="learned ones, written by python maskunet.py train")
+    group.add_argument("--mask-random", type=float, metavar="RATIO", help="drop this part of the weights by chance")
+    group.add_argument("--mask-window", action="store_true", help="random: drop those in a random window of values")
+    group.add_argument("--mask-mode", choices=MODES, default="sample",
+                       help="threshold, expected: without chance; expected: weights times their probability")
+    group.add_argument("--mask-fixed", action="store_true", help="the same chance at every step")
+    group.add_argument("--mask-shared", action="store_true", help="the same chance with and without the prompt")
     return check_arguments(parser.parse_args(argv))
 
 
@@ -352,6 +366,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     read_freeu(args, "tiny")
     if read_cache(args) is None and read_tgate(args) is None and args.compare:
         raise InputError("--compare needs something to compare: add --cache or --tgate")
+    read_masks(args)
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -483,6 +498,25 @@ def report(args: argparse.Namespace, sd: StableDiffusion, height: int, width: in
               f"picture, {every / run:.2f} times fewer", file=sys.stderr)
 
 
+def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | None:
+    """The masks that the flags ask for, those of a file only if there is a U-Net yet."""
+    if args.masks is not None and args.mask_random is not None:
+        raise InputError("--masks and --mask-random both mask the weights; give one of them")
+    if args.masks is not None and not args.masks.is_file():
+        raise InputError(f"there is no file {args.masks}; make one: python maskunet.py train")
+    try:
+        if args.mask_random is not None:
+            source = RandomMasks(args.mask_random, args.mask_window)
+        elif args.masks is not None and unet is not None:
+            source = load_masks(args.masks, unet)
+        else:
+            return None
+        one_network = args.mask_shared or args.mask_random is not None
+        return Masks(source, args.mask_mode, not args.mask_fixed, one_network)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def sample_settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
     """The flags as arguments of `StableDiffusion.sample`, all but prompts, seeds and starting picture."""
     height, width = (config.size if side is None else side for side in (args.height, args.width))
@@ -575,6 +609,7 @@ def main() -> None:
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         sd = StableDiffusion.load(args.model, device, args.dtype)
+        settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings["height"], settings["width"])
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 

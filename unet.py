@@ -8,6 +8,7 @@ Source: "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 21
 Checked against diffusers 0.42.1 (UNet2DConditionModel). Parameter names are those of the published checkpoints.
 """
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
     from cache import Features, TextGate
     from freeu import FreeU
+    from maskunet import MaskRun
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,27 @@ class ResBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+class AttentionMasks(NamedTuple):
+    """What multiplies the weights of an Attention's linear layers, (C_out, C_in) or one an image (B, C_out, C_in)."""
+    q: Tensor | None = None                                            # None: the layer as it is
+    k: Tensor | None = None
+    v: Tensor | None = None
+    out: Tensor | None = None
+
+
+UNMASKED = AttentionMasks()
+
+
+def linear(layer: nn.Linear, x: Tensor, mask: Tensor | None) -> Tensor:
+    """A linear layer, its weights times the mask: (B, N, C_in) -> (B, N, C_out). The bias is never masked."""
+    if mask is None:
+        return layer(x)
+    w = layer.weight * mask.to(layer.weight.dtype)
+    if w.dim() == 2:
+        return F.linear(x, w, layer.bias)
+    return torch.bmm(x, w.mT) if layer.bias is None else torch.baddbmm(layer.bias, x, w.mT)
+
+
 class Attention(nn.Module):
     """Multi-head attention. (B, N, C), keys and values (B, heads, L, C / heads) each -> (B, N, C)"""
 
@@ -101,16 +124,16 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, C / heads)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context: Tensor, masks: AttentionMasks = UNMASKED) -> tuple[Tensor, Tensor]:
         """(B, L, D) -> what `forward` attends to. For a text it is the same at every step: see `UNet.embed_text`."""
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
+        return self.split(linear(self.to_k, context, masks.k)), self.split(linear(self.to_v, context, masks.v))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        q, (k, v) = self.split(self.to_q(x)), keys_values
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], masks: AttentionMasks = UNMASKED) -> Tensor:
+        q, (k, v) = self.split(linear(self.to_q, x, masks.q)), keys_values
         if self.upcast and x.dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
         h = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return self.to_out[0](h.transpose(1, 2).flatten(2))
+        return linear(self.to_out[0], h.transpose(1, 2).flatten(2), masks.out)
 
 
 class GEGLU(nn.Module):
@@ -152,11 +175,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], gate: "TextGate | None" = None) -> Tensor:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | Tensor, gate: "TextGate | None" = None,
+                masks: tuple[AttentionMasks, AttentionMasks] | None = None) -> Tensor:
+        own, cross = (UNMASKED, UNMASKED) if masks is None else masks
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h))
+        x = x + self.attn1(h, self.attn1.keys_values(h, own), own)
         if gate is None or gate.open:
-            h = self.attn2(self.norm2(x), text)
+            # masked keys and values are made here: `text` is then the text itself, (B, L, D)
+            h = self.attn2(self.norm2(x), text if masks is None else self.attn2.keys_values(text, cross), cross)
         if gate is not None:
             h = gate.output(self, h)
         x = x + h
@@ -175,11 +201,13 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, config.context_dim, heads, config.upcast_attention) for _ in range(depth)])
         self.proj_out = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]], gate: "TextGate | None" = None) -> Tensor:
+    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor] | Tensor], gate: "TextGate | None" = None,
+                masks: Iterable[tuple[AttentionMasks, AttentionMasks]] | None = None) -> Tensor:
+        masks = [None] * len(text) if masks is None else masks
         h = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        for block, keys_values in zip(self.transformer_blocks, text, strict=True):
-            h = block(h, keys_values, gate)
+        for block, keys_values, mask in zip(self.transformer_blocks, text, masks, strict=True):
+            h = block(h, keys_values, gate, mask)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
@@ -229,11 +257,13 @@ class PerUnit(NamedTuple):
     """One value for each unit of the flat list.
 
     Of the time: the ResBlock's shift (B, C_out), or None in a unit without one; the middle has a pair. Of the text:
-    keys and values for each TransformerBlock, or None in a unit without attention.
+    keys and values for each TransformerBlock, or None in a unit without attention. Masks need the source as well: the
+    time's embedding (B, 4 C) or the text (B, L, D), from which the values were made.
     """
     down: list[Any]
     mid: Any
     up: list[Any]
+    source: Tensor | None = None
 
 
 class UNet(nn.Module):
@@ -281,7 +311,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
                 freeu: "FreeU | None" = None, cache: "Features | None" = None,
-                gate: "TextGate | None" = None) -> Tensor:
+                gate: "TextGate | None" = None, masks: "MaskRun | None" = None) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
@@ -290,11 +320,12 @@ class UNet(nn.Module):
         freeu: factors on backbone and skips, see `freeu.py`; None: the plain network.
         cache: which units run at this step, and what stands in for the others, see `cache.py`; None: all run.
         gate: whether the text is attended to, or what that gave before is reused, see `cache.py`; None: it is.
+        masks: what multiplies the weights of the up units' attention, see `maskunet.py`; None: the weights as they are.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
         h, skips = self.encode(x, shifts, text, cache, gate)
-        return self.decode(h, skips, shifts, text, freeu, cache, gate)
+        return self.decode(h, skips, shifts, text, freeu, cache, gate, masks)
 
     def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit, cache: "Features | None" = None,
                gate: "TextGate | None" = None) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -332,17 +363,20 @@ class UNet(nn.Module):
 
     def decode(self, h: Tensor | None, skips: list[Tensor | None], shifts: PerUnit, text: PerUnit,
                freeu: "FreeU | None" = None, cache: "Features | None" = None,
-               gate: "TextGate | None" = None) -> Tensor:
+               gate: "TextGate | None" = None, masks: "MaskRun | None" = None) -> Tensor:
         """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
         units = self.up_units()
         for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.up, text.up)):
             if cache is None or cache.runs(len(units) + 1 + i):
                 skip = skips[len(units) - 1 - i]
+                mask = None if masks is None else masks.unit(i, h, skip, shifts.source)
+                if mask is not None:                                   # masked keys and values differ at every step
+                    keys_values = [text.source] * len(keys_values)
                 if freeu is not None:
                     h, skip = freeu(h, skip, i, self.config)
                 h = unit.resnet(torch.cat([h, skip], dim=1), shift)
                 if unit.attention is not None:
-                    h = unit.attention(h, keys_values, gate)
+                    h = unit.attention(h, keys_values, gate, mask)
                 if unit.resample is not None:
                     h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
             if cache is not None:
@@ -375,13 +409,13 @@ class UNet(nn.Module):
             if added is None:
                 raise ValueError("this U-Net needs the added condition (SDXL: pooled text and image sizes): pass added")
             emb = emb + self.add_embedding(added)
-        emb = F.silu(emb)
+        h = F.silu(emb)
 
         def shift(unit: Unit) -> Tensor | None:
-            return None if unit.resnet is None else unit.resnet.time_emb_proj(emb)
+            return None if unit.resnet is None else unit.resnet.time_emb_proj(h)
         return PerUnit([shift(unit) for unit in self.down_units()],
-                       [resnet.time_emb_proj(emb) for resnet in self.mid_block.resnets],
-                       [shift(unit) for unit in self.up_units()])
+                       [resnet.time_emb_proj(h) for resnet in self.mid_block.resnets],
+                       [shift(unit) for unit in self.up_units()], emb)
 
     def embed_schedule(self, timesteps: Tensor, added: Tensor | None = None) -> list[PerUnit]:
         """`embed_time` for a whole schedule (S,) at once: S values, to be passed to `forward` one a step."""
@@ -392,7 +426,7 @@ class UNet(nn.Module):
         def step(i: int) -> PerUnit:
             rows = slice(i * batch, (i + 1) * batch)
             return PerUnit([s if s is None else s[rows] for s in shifts.down], [s[rows] for s in shifts.mid],
-                           [s[rows] for s in shifts.up])
+                           [s[rows] for s in shifts.up], shifts.source[rows])
         return [step(i) for i in range(len(timesteps))]
 
     def embed_text(self, context: Tensor) -> PerUnit:
@@ -403,7 +437,7 @@ class UNet(nn.Module):
             return [block.attn2.keys_values(context) for block in attention.transformer_blocks]
         return PerUnit([keys_values(unit.attention) for unit in self.down_units()],
                        keys_values(self.mid_block.attentions[0]),
-                       [keys_values(unit.attention) for unit in self.up_units()])
+                       [keys_values(unit.attention) for unit in self.up_units()], context)
 
 
 def pairs(level: Level) -> list[tuple[ResBlock, SpatialTransformer | None]]:

@@ -1,0 +1,842 @@
+"""maskunet.py: against outputs of the official classes, the odds of every mask, what can learn, and what stays."""
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_txt2img import make_folder
+from torch import nn
+
+import txt2img
+from cache import DeepCache, FasterDiffusion
+from folder import InputError, run_command
+from freeu import FreeU, skip_tuning
+from maskunet import (
+    LAYERS,
+    DynamicMasks,
+    Gumbel,
+    Lift,
+    MaskGenerator,
+    Masks,
+    MaskSearch,
+    RandomMasks,
+    StaticMasks,
+    exponential,
+    load_masks,
+    masked_layers,
+    mix,
+    save_masks,
+    score_latents,
+)
+from sampler import SAMPLERS, generate
+from train_masks import Training, noised, read_batches, read_pairs, train
+from train_masks import main as train_main
+from txt2img import StableDiffusion
+from unet import CONFIGS, UNet, UNetConfig, linear, sinusoid
+
+NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
+XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
+                add_dim=6, groups=4)
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = load_file(Path(__file__).parent / "data/maskunet.safetensors")
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def narrow(config: UNetConfig = NARROW) -> UNet:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        return UNet(config).requires_grad_(False)
+
+
+UNETS = {config: narrow(config) for config in (NARROW, XL)}
+
+
+def random_dynamic(unet: UNet, **settings) -> DynamicMasks:
+    """Masks as after a training: every tensor random, about half of the weights kept."""
+    masks = DynamicMasks(unet, **settings).requires_grad_(False)
+    for k, p in enumerate(masks.parameters()):
+        p.copy_(0.3 * randn(*p.shape, seed=k))
+    return masks
+
+
+def call(masks, unet: UNet = UNETS[NARROW], batch: int = 2, step: int = 0, time: float = 500) -> torch.Tensor:
+    """One pass of the U-Net under these masks (None: without)."""
+    run = None if masks is None else masks.start(unet, seeded(*range(batch)), batch).at(step)
+    return unet(randn(batch, 4, 8, 8), torch.full((batch,), time), randn(batch, 5, 8, seed=1), masks=run)
+
+
+def trajectory(masks, unet: UNet = UNETS[NARROW], seeds: tuple[int, ...] = (0, 1), steps: int = 6, **more) -> list:
+    """The latents after every step of a guided run."""
+    noise = torch.cat([randn(1, 4, 8, 8, seed=seed) for seed in seeds])
+    context = torch.cat([randn(1, 5, 8, seed=seed + 10) for seed in seeds])
+    more = {"generators": seeded(*seeds), "cfg_scale": 3} | more
+    if unet.config.add_dim:
+        more["added"] = torch.cat([randn(1, 6, seed=seed + 20) for seed in seeds])
+    return [x for _, x in generate(unet, noise, context, torch.zeros_like(context), steps=steps, masks=masks, **more)]
+
+
+# -------------------------------------------------------------------------------------------------- official outputs
+
+def official(prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): p for name, p in GOLDEN.items() if name.startswith(prefix)}
+
+
+def official_parts() -> tuple[MaskGenerator, Lift, nn.Linear]:
+    """The official generator, adapter and layer in our classes: 1x1 convolutions are matrices."""
+    generator, layer = MaskGenerator(24, 16, 1280, "working", True, True), nn.Linear(12, 20).requires_grad_(False)
+    lift = Lift(generator.core, layer, 5.0)
+    g, a = official("A.gen."), official("A.adapter.")
+    names = {"time": "proj_temb", "fc1": "conv_kernel_mask.0", "fc2": "conv_kernel_mask.2", "rows": "conv_in",
+             "columns": "conv_out"}
+    for module, theirs in ((generator, g), (lift, a)):
+        for name, p in module.named_parameters():
+            part, kind = name.split(".")
+            p.data.copy_(theirs[f"{names[part]}.{kind}"].view_as(p))
+    layer.load_state_dict(official("A.linear."))
+    return generator, lift, layer
+
+
+def test_generator_lift_mask_and_layer_equal_the_official_ones_and_so_do_all_gradients():
+    generator, lift, layer = official_parts()
+    values = official("A.in.")
+    core = generator(values["sample"], values["res_sample"], values["temb"])
+    logits = lift(core)
+    logits.retain_grad()
+    mask = Gumbel().mask(logits, GOLDEN["A.noise.exp"])
+    y = linear(layer, values["x"], mask)
+    for got, name in ((core, "gen"), (logits, "logits"), (y, "y")):
+        assert (got - GOLDEN[f"A.out.{name}"]).abs().max() <= 2e-6
+    assert torch.equal(mask.detach(), GOLDEN["A.out.mask"])
+    (y * values["grad_y"]).sum().backward()
+    want = official("A.grad.")
+    pairs = [(logits.grad, want["logits"]), (lift.rows.weight.grad, want["adapter.conv_in.weight"]),
+             (lift.rows.bias.grad, want["adapter.conv_in.bias"]),
+             (lift.columns.weight.grad, want["adapter.conv_out.weight"]),
+             (lift.columns.bias.grad, want["adapter.conv_out.bias"]),
+             (generator.fc1.weight.grad, want["gen.conv_kernel_mask.0.weight"]),
+             (generator.fc1.bias.grad, want["gen.conv_kernel_mask.0.bias"]),
+             (generator.fc2.weight.grad, want["gen.conv_kernel_mask.2.weight"]),
+             (generator.fc2.bias.grad, want["gen.conv_kernel_mask.2.bias"]),
+             (generator.time.weight.grad.abs().max(), want["gen.proj_temb.weight_absmax"])]
+    for got, theirs in pairs:
+        assert (got.flatten() - theirs.flatten()).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_the_shared_mask_equals_the_official_one():
+    layer = nn.Linear(12, 20)
+    layer.load_state_dict(official("C.linear."))
+    logits = GOLDEN["C.logits"].clone().requires_grad_()
+    mask = Gumbel().mask(logits, GOLDEN["C.noise.exp"])
+    y = linear(layer, GOLDEN["A.in.x"], mask)
+    (y * GOLDEN["A.in.grad_y"]).sum().backward()
+    assert torch.equal(mask.detach(), GOLDEN["C.out.mask"]) and (y - GOLDEN["C.out.y"]).abs().max() <= 1e-6
+    assert (logits.grad - GOLDEN["C.grad.logits"]).abs().max() <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- the Gumbel-sigmoid
+
+def test_a_mask_is_exactly_zero_or_one_and_compares_the_noise_with_the_logits_exponential():
+    logits, noise = 2 * randn(300, 300), exponential((300, 300), seeded(0))[0]
+    assert torch.equal(Gumbel().mask(logits, noise), (noise < logits.exp()).float())
+    assert torch.equal(Gumbel(2).mask(logits, noise), (noise < torch.log1p(logits.exp())).float())
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for gumbel in (Gumbel(), Gumbel(2), Gumbel(threshold=0.3), Gumbel(temperature=0.1, threshold=0.9)):
+            assert gumbel.mask(logits.to(dtype), noise.to(dtype)).unique().tolist() == [0, 1]
+
+
+def binomial(p: float, n: int) -> float:
+    """Four standard deviations of a frequency."""
+    return max(4 * math.sqrt(p * (1 - p) / n), 1e-9)
+
+
+@pytest.mark.parametrize("form,odds", [(1, {1: .934012, 0: .632121, -1: .307799, 5: 1.0}),
+                                       (2, {1: .731059, 0: .5, -1: .268941, 5: .993307})])
+def test_the_density_is_that_of_one_gumbel_or_of_two(form, odds):
+    noise = exponential((1000, 1000), seeded(0))[0]
+    for logit, p in odds.items():
+        logits = torch.full_like(noise, logit)
+        assert abs(Gumbel(form).mask(logits, noise).mean() - p) <= binomial(p, noise.numel())
+        assert torch.allclose(Gumbel(form).probability(torch.tensor(float(logit))), torch.tensor(p), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_temperature_and_threshold_move_the_odds_as_computed(form):
+    noise, gumbel = exponential((1000, 1000), seeded(1))[0], Gumbel(form, temperature=0.7, threshold=0.8)
+    p = float(gumbel.probability(torch.tensor(0.5)))
+    assert abs(gumbel.mask(torch.full_like(noise, 0.5), noise).mean() - p) <= binomial(p, noise.numel())
+    assert 0.05 < float(Gumbel(form).probability(torch.tensor(0.5))) - p
+
+
+def test_without_chance_the_likelier_value_is_taken():
+    logits = torch.linspace(-2, 2, 999)
+    for form in (1, 2):
+        gumbel = Gumbel(form)
+        likelier = (gumbel.probability(logits) > 0.5).float()
+        assert torch.equal(gumbel.mask(logits, torch.full_like(logits, math.log(2))), likelier)
+        assert 0.3 < likelier.mean() < 0.7
+
+
+def test_the_gradient_of_a_mask_is_that_of_the_sigmoid():
+    layer, x, r = nn.Linear(12, 20), randn(5, 7, 12), randn(5, 7, 20, seed=1)
+    logits, noise = randn(20, 12, seed=2).requires_grad_(), exponential((20, 12), seeded(0))[0]
+    (linear(layer, x, Gumbel().mask(logits, noise)) * r).sum().backward()
+    soft = torch.sigmoid(logits.detach() - noise.log())
+    want = torch.einsum("bno,bni->oi", r, x) * layer.weight.detach() * soft * (1 - soft)
+    assert (logits.grad - want).abs().max() <= 1e-6 * want.abs().max()
+
+
+def test_the_gradients_scale_at_the_two_published_initial_logits():
+    noise = exponential((1000, 1000), seeded(0))[0]
+    for logit, want in ((5.0, 6.56e-3), (1.0, 0.1509)):
+        soft = torch.sigmoid(logit - noise.log())
+        assert abs((soft * (1 - soft)).mean() - want) <= 0.01 * want
+
+
+def test_noise_has_mean_one_and_comes_from_the_generators_alone():
+    state = torch.random.get_rng_state()
+    a, b = exponential((300, 300), seeded(0, 1))
+    call(Masks(random_dynamic(UNETS[NARROW])))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert abs(a.mean() - 1) < 0.02 and abs(a.var() - 1) < 0.05 and not torch.equal(a, b)
+    assert torch.equal(exponential((300, 300), seeded(1))[0], b)
+
+
+@pytest.mark.parametrize("settings,words", [
+    (dict(form=3), "1 or 2 Gumbels"), (dict(temperature=0), "temperature above 0"),
+    (dict(threshold=1), "between 0 and 1")])
+def test_bad_gumbel_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Gumbel(**settings)
+
+
+# --------------------------------------------------------------------------------------------- layers and their masks
+
+def test_the_masked_layers_of_sd15_are_the_published_72_and_the_network_has_the_published_size():
+    with torch.device("meta"):
+        unet = UNet(CONFIGS["sd15"])
+    layers = masked_layers(unet)
+    masks = DynamicMasks(unet)
+    assert len(layers) == 72 and sum(layer.weight.numel() for layer in layers.values()) == 49_029_120
+    assert sum(p.numel() for p in masks.lifts.parameters()) == 40_934_784
+    # less the fourth generator, of the block without attention, which the released code has and never calls
+    assert sum(p.numel() for p in masks.generators.parameters()) == 43_616_256 - 16_752_704
+    assert len(masked_layers(unet, ("attn2.to_k", "attn2.to_v"))) == 18
+
+
+@pytest.mark.parametrize("size", [(2, 7, 12, 20), (3, 64, 16, 16), (1, 5, 8, 16)])
+def test_a_mask_of_ones_changes_nothing_and_rows_have_their_own(size):
+    b, n, i, o = size
+    x, mask = randn(b, n, i), (randn(b, o, i, seed=1) > 0).float()
+    for layer in (nn.Linear(i, o), nn.Linear(i, o, bias=False)):
+        assert torch.equal(linear(layer, x, torch.ones(o, i)), layer(x))
+        assert (linear(layer, x, torch.ones(b, o, i)) - layer(x)).abs().max() <= 1e-6
+        want = torch.stack([F.linear(x[k], layer.weight * mask[k], layer.bias) for k in range(b)])
+        assert (linear(layer, x, mask) - want).abs().max() <= 1e-6
+        assert torch.equal(linear(layer, x, mask[0])[0], F.linear(x, layer.weight * mask[0], layer.bias)[0])
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
+def test_off_is_off_and_fresh_masks_keep_everything(config):
+    unet = UNETS[config]
+    plain = trajectory(None, unet)
+    assert torch.equal(trajectory(Masks(StaticMasks(unet, initial=5.0), "threshold"), unet)[-1], plain[-1])
+    for init in ("official", "working"):
+        got = trajectory(Masks(DynamicMasks(unet, init=init).requires_grad_(False)), unet)[-1]
+        assert (got - plain[-1]).abs().max() <= 1e-5 * plain[-1].abs().max()
+    assert torch.equal(trajectory(None, unet)[-1], plain[-1])
+
+
+def test_every_masked_layer_acts_and_only_those():
+    unet = UNETS[NARROW]
+    plain = call(None)
+    for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+                 "attn2.to_out.0"):
+        masks = Masks(StaticMasks(unet, (name,), initial=-math.inf), "threshold")    # the whole layer is dropped
+        other = UNet(NARROW).requires_grad_(False)
+        other.load_state_dict({key: p * (not key.startswith("up_blocks") or not key.endswith(f"{name}.weight"))
+                               for key, p in unet.state_dict().items()})
+        assert torch.equal(call(masks), call(None, other)) and not torch.equal(call(masks), plain)
+
+
+def test_the_density_is_set_by_the_initial_logits():
+    unet = UNETS[NARROW]
+    for masks in (StaticMasks(unet, initial=0.0), DynamicMasks(unet, initial=0.0)):
+        run = Masks(masks).start(unet, seeded(0, 1), 2).at(0)
+        unet(randn(2, 4, 8, 8), torch.tensor([500, 500]), randn(2, 5, 8), masks=run)
+        assert run.total == 2 * sum(layer.weight.numel() for layer in masked_layers(unet).values())
+        assert abs(run.density - 0.632121) <= binomial(0.632121, run.total)
+
+
+def test_the_expected_weights_are_the_mean_over_many_draws():
+    layer, x, logits = nn.Linear(12, 20), randn(1, 7, 12), randn(20, 12, seed=1)
+    noise = exponential((20, 12), seeded(*range(2000)))
+    with torch.no_grad():
+        mean = torch.stack([linear(layer, x, Gumbel().mask(logits, e)) for e in noise]).mean(dim=0)
+        assert (mean - linear(layer, x, Gumbel().probability(logits))).abs().max() < 0.05
+
+
+def test_modes_without_chance_need_no_generators_and_repeat():
+    unet = UNETS[NARROW]
+    for mode in ("threshold", "expected"):
+        masks = Masks(random_dynamic(unet), mode)
+        a, b = trajectory(masks, generators=None), trajectory(masks, generators=seeded(7, 8))
+        assert torch.equal(a[-1], b[-1]) and not torch.equal(a[-1], trajectory(None)[-1])
+    with pytest.raises(ValueError, match="pass generators, one per image"):
+        trajectory(Masks(random_dynamic(unet)), generators=None)
+    with pytest.raises(ValueError, match="sample, threshold, expected"):
+        Masks(random_dynamic(unet), "often")
+
+
+def test_fresh_noise_differs_by_step_by_image_and_by_half_and_fixed_or_shared_noise_does_not():
+    masks = StaticMasks(UNETS[NARROW], initial=0.0)
+    name = next(iter(masked_layers(UNETS[NARROW])))
+
+    def drawn(step: int, **how) -> torch.Tensor:
+        run = Masks(masks, **how).start(UNETS[NARROW], seeded(0, 1), 2, halves=2).at(step)
+        pairs = list(run.unit(3, randn(4, 16, 2, 2), randn(4, 16, 2, 2), randn(4, 32)))
+        assert name.endswith("3.to_q") or pairs[0][0].q.shape == (4, 16, 16)
+        return pairs[0][0].q.detach()
+    m = drawn(0)
+    assert all(not torch.equal(m[j], m[k]) for j in range(4) for k in range(j))
+    assert torch.equal(drawn(0), m) and not torch.equal(drawn(1), m)
+    assert torch.equal(drawn(1, fresh=False), drawn(0, fresh=False))
+    shared = drawn(1, shared=True)
+    assert torch.equal(shared[:2], shared[2:]) and not torch.equal(shared[0], shared[1])
+
+
+def test_a_picture_depends_on_its_own_seed_only():
+    for masks in (Masks(random_dynamic(UNETS[NARROW])), Masks(RandomMasks(0.2), shared=True)):
+        together, alone = trajectory(masks, seeds=(0, 1, 2))[-1], trajectory(masks, seeds=(1,))[-1]
+        assert (together[1:2] - alone).abs().max() <= 1e-4 * alone.abs().max()
+
+
+def test_masks_take_nothing_from_the_loops_noise():
+    plain, masked = (trajectory(masks, sampler="euler-a")[-1] for masks in (
+        None, Masks(DynamicMasks(UNETS[NARROW]).requires_grad_(False))))
+    assert (plain - masked).abs().max() <= 1e-5 * plain.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------- random masks
+
+def test_random_masks_drop_the_asked_ratio():
+    w = nn.Linear(400, 300)
+    for ratio in (0.0, 0.001, 0.066, 0.5, 1.0):
+        noise = exponential((300, 400), seeded(0))
+        m = Gumbel().mask(RandomMasks(ratio).logits("", w, None, seeded(0)), noise)
+        assert abs(1 - m.mean() - ratio) <= binomial(ratio, 120_000)
+        m = Gumbel().mask(RandomMasks(ratio, window=True).logits("", w, None, seeded(0, 1)), noise)
+        assert (m == 0).sum(dim=(1, 2)).tolist() == [round(ratio * 120_000)] * 2
+    with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
+        RandomMasks(1.5)
+
+
+def test_a_window_drops_neighbouring_values_and_chance_drops_all_kinds():
+    w = nn.Linear(400, 300)
+    dropped = [w.weight[m == 0] for m in Gumbel().mask(
+        RandomMasks(0.05, window=True).logits("", w, None, seeded(0, 1)), torch.ones(()))]
+    noise = exponential((300, 400), seeded(0))[0]
+    scattered = w.weight[Gumbel().mask(RandomMasks(0.05).logits("", w, None, []), noise) == 0]
+    assert all(d.max() - d.min() < 0.2 * (w.weight.max() - w.weight.min()) for d in dropped)
+    assert abs(dropped[0].mean() - dropped[1].mean()) > 0.01
+    assert scattered.max() - scattered.min() > 0.9 * (w.weight.max() - w.weight.min())
+
+
+# ------------------------------------------------------------------------------------------------------ what can learn
+
+def test_the_lift_is_two_convolutions_and_of_low_rank():
+    generator, lift, _ = official_parts()
+    core = randn(2, 4, 6)
+    rows, columns = nn.Conv2d(4, 20, 1), nn.Conv2d(6, 12, 1)
+    rows.load_state_dict({"weight": lift.rows.weight[..., None, None], "bias": lift.rows.bias})
+    columns.load_state_dict({"weight": lift.columns.weight[..., None, None], "bias": lift.columns.bias})
+    want = columns(rows(core[..., None]).squeeze(3).transpose(1, 2)[..., None]).squeeze(3).transpose(1, 2)
+    assert (lift(core) - want).abs().max() <= 1e-6
+    lift = Lift((4, 6), nn.Linear(40, 50), 5.0).double()
+    for k, p in enumerate(lift.parameters()):
+        nn.init.normal_(p, generator=seeded(k)[0])
+    assert torch.linalg.matrix_rank(lift(core.double())[0]) == 4 + 2
+
+
+def gradient_steps(init: str) -> dict[str, int]:
+    """At which of four optimiser steps each tensor of block 1 first has a gradient that is not exactly zero."""
+    unet = UNETS[NARROW]
+    masks = DynamicMasks(unet, init=init)
+    optimizer, first = torch.optim.AdamW(masks.parameters(), lr=1e-2), {}
+    for step in range(4):
+        optimizer.zero_grad()
+        call(Masks(masks), step=step).square().mean().backward()
+        for name, p in masks.named_parameters():
+            if "/1/attentions/0" in name or name.startswith("generators.1"):
+                if p.grad.abs().max() > 0:
+                    first.setdefault(name.replace("up_blocks/1/attentions/0/transformer_blocks/0/", ""), step)
+        optimizer.step()
+    assert all(p.grad is None for p in unet.parameters())
+    return first
+
+
+def test_gradients_reach_every_tensor_in_three_steps_and_never_the_official_network():
+    parts = (("columns.weight", 0), ("columns.bias", 0), ("rows.bias", 1), ("rows.weight", 1))
+    tail = {f"lifts.{layer}.{p}".replace(".to_out.0.", ".to_out/0.").replace(".to_", "/to_"): step
+            for layer in LAYERS for p, step in parts}
+    network = {f"generators.1.{p}": 2 for p in ("time.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+    assert gradient_steps("working") == tail | network
+    assert gradient_steps("official") == {name: step for name, step in tail.items() if not name.endswith("rows.weight")}
+
+
+def learn_which_half(init: str, form: int, steps: int = 300) -> float:
+    """The mean loss of the last steps of a task that only a mask that depends on the time can solve.
+
+    At time 0 a layer's first inputs count and at time 900 its last ones.
+    """
+    with torch.random.fork_rng():
+        torch.random.manual_seed(1)
+        generator = MaskGenerator(16, 16, 32, init, True, True)
+        layer = nn.Linear(16, 8, bias=False).requires_grad_(False)
+        lift = Lift(generator.core, layer, 1.0)
+    optimizer, g = torch.optim.AdamW([*generator.parameters(), *lift.parameters()], lr=1e-2), seeded(1)[0]
+    losses, h = [], torch.zeros(32, 8, 1, 1)
+    for _ in range(steps):
+        late, x = torch.randint(2, (32,), generator=g), torch.randn(32, 4, 16, generator=g)
+        keep = torch.stack([torch.arange(16) < 8, torch.arange(16) >= 8])[late].float()
+        mask = Gumbel(form).mask(lift(generator(h, h, sinusoid(900.0 * late, 32))), exponential((8, 16), [g] * 32))
+        loss = (linear(layer, x, mask) - layer(x * keep[:, None])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_only_the_working_network_learns_a_mask_that_depends_on_the_time(form):
+    assert learn_which_half("working", form) < 0.02
+    assert learn_which_half("official", form) > 0.12
+
+
+def test_what_the_network_does_not_see_does_not_matter():
+    unet = UNETS[NARROW]
+
+    def core(masks: DynamicMasks, image: int, time: int) -> torch.Tensor:
+        return masks.core(1, randn(1, 16, 2, 2, seed=image), randn(1, 16, 2, 2), randn(1, 32, seed=time))
+    both, no_time, no_sample = (random_dynamic(unet, **s) for s in ({}, dict(time=False), dict(sample=False)))
+    for masks, image_acts, time_acts in ((both, True, True), (no_time, True, False), (no_sample, False, True)):
+        assert torch.equal(core(masks, 0, 0), core(masks, 1, 0)) != image_acts
+        assert torch.equal(core(masks, 0, 0), core(masks, 0, 1)) != time_acts
+
+
+# ---------------------------------------------------------------------------------------------------------- together
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_masks_work_with_every_sampler(sampler):
+    masked = trajectory(Masks(random_dynamic(UNETS[NARROW])), sampler=sampler)[-1]
+    assert masked.isfinite().all() and not torch.equal(masked, trajectory(None, sampler=sampler)[-1])
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
+def test_masks_compose_with_freeu_and_both_caches(config):
+    unet = UNETS[config]
+    masks = Masks(random_dynamic(unet))
+    freeu = FreeU(1.3, 1.4, 0.9, 0.2, skip_scale=skip_tuning(0.8))
+    results = [trajectory(m, unet, freeu=f, cache=c)[-1] for m in (None, masks) for f in (None, freeu)
+               for c in (None, DeepCache(3, 4), DeepCache(2, 0), FasterDiffusion("paper"), FasterDiffusion((0, 2)))]
+    assert all(x.isfinite().all() for x in results)
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_a_cache_that_reuses_nothing_changes_nothing_under_masks():
+    masks = Masks(random_dynamic(UNETS[NARROW]))
+    plain = trajectory(masks)[-1]
+    for cache in (DeepCache(1, 3), FasterDiffusion(1, alpha=0.0)):
+        assert torch.equal(trajectory(masks, cache=cache)[-1], plain)
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
+def test_parallel_faster_diffusion_draws_the_same_masks_as_the_serial_one(config):
+    unet = UNETS[config]
+    masks = Masks(random_dynamic(unet))
+    one, many = (trajectory(masks, unet, cache=FasterDiffusion((0, 1, 4), parallel=p))[-1] for p in (False, True))
+    assert (one - many).abs().max() <= 1e-4 * one.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+@pytest.mark.parametrize("make", [random_dynamic, lambda unet: StaticMasks(unet, ("attn2.to_k",), initial=0.5),
+                                  lambda unet: random_dynamic(unet, time=False, gumbel=Gumbel(2, 0.5, 0.4))])
+def test_masks_survive_a_file(make, tmp_path):
+    masks = make(UNETS[NARROW])
+    save_masks(masks, tmp_path / "m.safetensors", {"steps": 7})
+    again = load_masks(tmp_path / "m.safetensors", UNETS[NARROW])
+    assert again.settings == masks.settings and again.gumbel == masks.gumbel and again.layers == masks.layers
+    assert torch.equal(call(Masks(masks)), call(Masks(again)))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_file_for_another_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_masks(DynamicMasks(UNETS[NARROW]), path)
+    with pytest.raises(InputError, match=r"for another model: lifts.up_blocks/1/.*to_k.columns.* \(8,.* has \(12,"):
+        load_masks(path, UNet(replace(NARROW, context_dim=12)))
+    with pytest.raises(InputError, match="doesn't know, the first is (generators|lifts)"):
+        load_masks(path, UNETS[XL])
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(InputError, match="not a file of masks"):
+        load_masks(path, UNETS[NARROW])
+    with pytest.raises(InputError, match="there is no file .*train the masks"):
+        load_masks(tmp_path / "none.safetensors", UNETS[NARROW])
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "narrow")
+
+
+@pytest.fixture()
+def data(tmp_path) -> Path:
+    """Six pictures of various sizes with captions."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for k in range(6):
+        pixels = (randn(32 + 8 * k, 40, 3, seed=k).sigmoid() * 255).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{k}.{'jpg' if k == 3 else 'png'}")
+        (folder / f"{k}.txt").write_text("a red circle\n" if k % 2 else "a blue circle")
+    return folder
+
+
+def fixed_batches(batch: int = 4):
+    while True:
+        yield torch.rand(batch, 3, 32, 32, generator=seeded(3)[0]), ["a red circle"] * batch
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.state_dict().values()]
+
+
+def fingerprint(sd: StableDiffusion) -> str:
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for module in (sd.unet, sd.vae, *sd.text_encoders)
+                                   for p in module.state_dict().values())).hexdigest()
+
+
+@torch.no_grad()
+def fixed_loss(sd: StableDiffusion, masks: DynamicMasks | StaticMasks) -> float:
+    """Always of the same pictures, times and noises."""
+    x, t, target, (context, _) = noised(sd, *next(fixed_batches(64)), seeded(*range(64)))
+    run = Masks(masks).start(sd.unet, seeded(*range(64)), 64).at(0)
+    return F.mse_loss(sd.unet(x, t, context, masks=run), target).item()
+
+
+@pytest.mark.parametrize("kind,lr", [(DynamicMasks, 0.02), (StaticMasks, 0.1)])
+def test_training_learns_masks_and_leaves_the_model_as_it_is(kind, lr, model):
+    sd = StableDiffusion.load(model)
+    for name, p in sd.unet.named_parameters():                         # attention that is too loud, for masks to soften
+        p *= 8 if name.startswith("conv_out") else 6 if "up_blocks" in name and "to_out" in name else 1
+    masks, model_before = kind(sd.unet, initial=2.0), fingerprint(sd)
+    loss_before = fixed_loss(sd, masks)
+    curve = train(sd, Training(masks, lr=lr), fixed_batches(8), steps=30, log_every=10)
+    assert fixed_loss(sd, masks) < loss_before - 0.03
+    assert [step for step, *_ in curve] == [10, 20, 30]
+    assert all(len(by_time) == 5 and 0 < density < 1 for _, _, by_time, density in curve)
+    assert fingerprint(sd) == model_before and all(p.grad is None for p in sd.unet.parameters())
+
+
+def test_the_loss_by_time_is_the_loss_of_those_times(model):
+    sd = StableDiffusion.load(model)
+    (_, loss, by_time, density), = train(sd, Training(DynamicMasks(sd.unet)), fixed_batches(64), steps=1)
+    times = [float(torch.randint(1000, (), generator=advance(g))) for g in seeded(*(mix(0, 0, k) for k in range(64)))]
+    counts = [sum(t // 200 == bucket for t in times) for bucket in range(5)]
+    assert min(counts) > 0 and density == 1
+    assert sum(n * x for n, x in zip(counts, by_time)) / 64 == pytest.approx(loss, rel=1e-6)
+
+
+def advance(generator: torch.Generator) -> torch.Generator:
+    torch.rand((), generator=generator)                                # the draw that decides whether the caption stays
+    return generator
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(model, tmp_path):
+    sd = StableDiffusion.load(model)
+    whole = Training(DynamicMasks(sd.unet), lr=1e-2)
+    train(sd, whole, fixed_batches(), steps=5)
+    train(sd, Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2), fixed_batches(), steps=3)
+    second = Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
+    assert second.step == 3
+    train(sd, second, fixed_batches(), steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole.masks), weights(second.masks)))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(whole.masks), weights(DynamicMasks(sd.unet))))
+    with pytest.raises(InputError, match="was begun with lr 0.01, not 0.02"):
+        Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=2e-2)
+    (tmp_path / "c.pt").write_text("no checkpoint")
+    with pytest.raises(InputError, match="no checkpoint of this training"):
+        Training(DynamicMasks(sd.unet), tmp_path / "c.pt")
+
+
+def test_two_processes_train_as_one_does(model, data, tmp_path, command):
+    arguments = ["train", "--model", model, "--data", data, "--steps", 3, "--batch", 4, "--lr", 0.01, "--initial", 1,
+                 "--device", "cpu"]
+    assert command(train_main, *arguments, "--out", tmp_path / "one.safetensors")[0] == 0
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                    ROOT / "maskunet.py", *map(str, arguments), "--out", tmp_path / "two.safetensors"],
+                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (safe_open(tmp_path / f"{name}.safetensors", "pt") for name in ("one", "two"))
+    (a, b) = (json.loads(file.metadata()["maskunet"])["training"]["curve"][-1] for file in (one, two))
+    assert a[0] == b[0] == 3 and a[1] == pytest.approx(b[1], rel=1e-5) and a[3] == pytest.approx(b[3], abs=1e-6)
+    assert all((one.get_tensor(name) - two.get_tensor(name)).abs().max() < 1e-4 for name in one.keys())
+    fresh = DynamicMasks(StableDiffusion.load(model).unet, initial=1.0).state_dict()
+    assert max((one.get_tensor(name) - fresh[name]).abs().max() for name in fresh) > 0.02
+
+
+def test_the_batches_of_a_folder_cover_it_in_every_epoch_and_split_between_processes(data, monkeypatch):
+    pairs = read_pairs(data)
+    assert [caption for _, caption in pairs[:2]] == ["a blue circle", "a red circle"]
+    whole = [batch for _, batch in zip(range(3), read_batches(pairs, 32, 4, seed=0))]
+    assert all(images.shape == (4, 3, 32, 32) and 0 <= images.min() and images.max() <= 1 for images, _ in whole)
+    pictures = torch.cat([images for images, _ in whole])
+    assert len(pictures[:6].unique(dim=0)) == len(pictures[6:].unique(dim=0)) == 6
+    assert not torch.equal(pictures[:6], pictures[6:])
+    resumed = next(read_batches(pairs, 32, 4, seed=0, first=2))
+    assert torch.equal(resumed[0], whole[2][0]) and resumed[1] == whole[2][1]
+    monkeypatch.setattr("train_masks.world", lambda: 2)
+    monkeypatch.setattr("train_masks.rank", lambda: 1)
+    assert torch.equal(next(read_batches(pairs, 32, 4, seed=0))[0], whole[0][0][2:])
+
+
+@pytest.fixture()
+def command(monkeypatch, capsys):
+    """Runs a command line in this process -> exit code, stdout, stderr."""
+    def run(main, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+    return run
+
+
+def test_masks_from_the_command_line_make_a_picture_that_says_so(model, data, tmp_path, command):
+    masks, picture = tmp_path / "m.safetensors", ["a red circle", "--model", model, "--steps", 4, "--device", "cpu"]
+    assert command(train_main, "train", "--model", model, "--data", data, "--out", masks, "--steps", 2, "--batch", 2,
+                   "--initial", -1, "--device", "cpu")[0] == 0
+    made = {}
+    for name, flags in {"plain": [], "masks": ["--masks", masks], "fixed": ["--masks", masks, "--mask-fixed"],
+                        "threshold": ["--masks", masks, "--mask-mode", "threshold"],
+                        "random": ["--mask-random", 0.3], "window": ["--mask-random", 0.3, "--mask-window"]}.items():
+        code, _, err = command(txt2img.main, *picture, *flags, "--out", tmp_path / f"{name}.png")
+        assert code == 0, err
+        with Image.open(tmp_path / f"{name}.png") as file:
+            made[name] = (file.tobytes(), file.info["parameters"])
+    assert len({pixels for pixels, _ in made.values()}) == len(made)
+    for name, words in (("fixed", "Masks: m.safetensors sample fixed"), ("window", "Masks: random 0.3 sample window")):
+        assert words in made[name][1] and "Masks" not in made["plain"][1]
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda d: [p.unlink() for p in d.iterdir()], "has no pictures"),
+    (lambda d: (d / "2.txt").unlink(), "1 of the 6 pictures .* the first is 2.png"),
+    (lambda d: [(d / f"{k}.png").write_text("no picture") for k in (0, 1, 2, 4, 5)], "can't read the picture"),
+    (lambda d: (d / "2.txt").write_bytes(b"\xff\xfe\xfa"), "can't read the captions")])
+def test_bad_training_folders_end_in_one_clear_line(damage, words, model, data, tmp_path, command):
+    damage(data)
+    code, _, err = command(train_main, "train", "--model", model, "--data", data, "--out", tmp_path / "m.safetensors",
+                           "--batch", 6, "--device", "cpu")
+    assert code == 2 and re.search(words, err.splitlines()[-1]) and "Traceback" not in err
+    assert not list(tmp_path.glob("m.*"))
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--data", "nowhere"], "no folder nowhere"), (["--out", "m.pt"], "a .safetensors file"),
+    (["--steps", 0], "1 or more"), (["--lr", -1], "above 0"), (["--caption-dropout", 2], "between 0 and 1"),
+    (["--initial", "nan"], "finite"), (["--out", "no/where/m.safetensors"], "no/where")])
+def test_bad_training_flags_end_in_one_clear_line(flags, words, model, data, tmp_path, command):
+    code, _, err = command(train_main, "train", "--model", model, "--data", data, "--out", tmp_path / "m.safetensors",
+                           "--batch", 2, "--device", "cpu", *flags)
+    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and err.count("step 1 ") == 0
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--mask-random", 1.5], "between 0 and 1"), (["--masks", "none.safetensors"], "no file none.safetensors"),
+    (["--masks", ROOT / "txt2img.py"], "not a complete safetensors file"),
+    (["--masks", "x", "--mask-random", 0.5], "give one of them")])
+def test_bad_mask_flags_end_in_one_clear_line(flags, words, model, tmp_path, command):
+    code, _, err = command(txt2img.main, "a circle", "--model", model, "--out", tmp_path / "o.png", *flags)
+    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- the training-free path
+
+def nearness(x0: torch.Tensor) -> torch.Tensor:
+    """A score: how near each image's latents are to fixed ones."""
+    return -(x0 - randn(1, *x0.shape[1:], seed=9)).square().mean(dim=(1, 2, 3))
+
+
+def constant(x0: torch.Tensor) -> torch.Tensor:
+    return 0 * x0.sum(dim=(1, 2, 3))
+
+
+def one_step(search: MaskSearch, step: int = 0, unet: UNet = UNETS[NARROW]):
+    """A run after its search at one step, and the function that predicts x0 with the masks it left."""
+    run = search.start(unet, seeded(0, 1), 2).at(step)
+
+    def predict() -> torch.Tensor:
+        return 3 * unet(randn(2, 4, 8, 8), torch.tensor(500), randn(2, 5, 8, seed=1), masks=run)
+    run.search(predict)
+    return run, predict
+
+
+def test_the_search_climbs_its_score_at_every_step_anew():
+    run, predict = one_step(MaskSearch(nearness, 9, lr=0.1))
+    run.at(1).search(predict)
+    assert [len(scores) for scores in run.history] == [9, 9]
+    for scores in map(torch.tensor, run.history):
+        assert (scores[-3:].mean(dim=0) > scores[:3].mean(dim=0)).all()
+    assert all(p.grad is None for p in UNETS[NARROW].parameters())
+
+
+def test_the_released_schedule_searches_in_the_second_half_only():
+    search = MaskSearch(nearness, 4, "released")
+    assert [search.updates(step) for step in range(15)] == [0] * 7 + [9] * 8
+    assert [len(one_step(search, step)[0].history[0]) for step in (6, 7)] == [0, 9]
+    assert [len(one_step(MaskSearch(nearness, 4), step)[0].history[0]) for step in (6, 7)] == [4, 4]
+
+
+def test_no_iterations_are_masks_without_a_search():
+    want = trajectory(Masks(StaticMasks(UNETS[NARROW], initial=1.0).requires_grad_(False), shared=True))
+    got = trajectory(MaskSearch(nearness, iterations=0))
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and not torch.equal(got[-1], trajectory(None)[-1])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_leaves_the_solvers_history_and_noise_alone(sampler):
+    idle = trajectory(MaskSearch(constant, 2, keep="best"), sampler=sampler, steps=3)      # its first pass stays best
+    want = trajectory(MaskSearch(constant, 0), sampler=sampler, steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(idle, want))
+    found = trajectory(MaskSearch(nearness, 2), sampler=sampler, steps=3)
+    assert found[-1].isfinite().all() and not torch.equal(found[-1], want[-1])
+
+
+def test_every_step_begins_anew_and_ten_updates_move_a_logit_by_a_tenth():
+    for reset, updates in ((True, 10), (False, 20)):
+        search = MaskSearch(nearness, 10, reset=reset)
+        run, predict = one_step(search)
+        first = weights(run.masks.source)
+        run.at(1).search(predict)
+        assert {int(state["step"]) for state in run.optimizer.state.values()} == {updates}
+        for values in (first, weights(run.masks.source)):
+            moved = torch.cat([(p - 1).abs().flatten() for p in values])
+            assert moved.max() <= (0.102 if reset else 0.15) and moved.mean() > 0.01     # weight decay: 0.001
+
+
+def test_the_best_mask_is_the_one_that_scored_best_for_each_image_and_the_last_is_the_last():
+    for lr in (0.3, 1e-2):
+        run, predict = one_step(MaskSearch(nearness, 6, keep="best", lr=lr))
+        scores = torch.tensor(run.history[0])
+        assert len(scores) == 7 and torch.equal(nearness(predict()), scores.amax(dim=0))
+        assert not any(p.requires_grad or p.grad is not None for p in run.masks.source.parameters())
+    run, _ = one_step(MaskSearch(nearness, 6))
+    assert len(run.history[0]) == 6 and {row[-1] for row in run.rows} == {6}
+
+
+def test_checkpointing_computes_the_same_with_the_same_noise():
+    for cache in (None, DeepCache(2, 4)):
+        plain, saved = (trajectory(MaskSearch(nearness, 3, checkpointed=twice), cache=cache, steps=3)
+                        for twice in (False, True))
+        assert all(torch.equal(a, b) for a, b in zip(plain, saved))
+
+
+def test_the_search_for_one_image_knows_nothing_of_the_others():
+    a, b = (trajectory(MaskSearch(nearness, 3, keep="best"), seeds=seeds, steps=3)[-1] for seeds in ((0, 1), (0, 2)))
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
+
+
+def test_a_search_composes_with_freeu_and_caches_and_refuses_the_parallel_one():
+    freeu, search = FreeU(1.3, 1.4, 0.9, 0.2), MaskSearch(nearness, 2)
+    for unet in UNETS.values():
+        results = [trajectory(search, unet, freeu=f, cache=c, steps=3)[-1] for f in (None, freeu)
+                   for c in (None, DeepCache(2, 3), FasterDiffusion((0, 2)))]
+        assert all(x.isfinite().all() for x in results)
+        assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+    with pytest.raises(ValueError, match="without its parallel mode"):
+        trajectory(search, cache=FasterDiffusion("paper", parallel=True))
+
+
+def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
+    sd, prompts = StableDiffusion.load(model), ["a red circle", "a blue circle"]
+    for p in sd.unet.up_blocks.parameters():
+        p *= 2
+    seen = []
+
+    def redness(images: torch.Tensor, asked: list[str]) -> torch.Tensor:
+        assert asked == prompts and images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+        seen.append(images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)))
+        return seen[-1]
+    before = fingerprint(sd)
+    latents = sd.sample(prompts, steps=1, sampler="dpm++2m", cfg_scale=1,
+                        masks=MaskSearch(score_latents(sd.vae, redness, prompts), 20, keep="best", lr=0.3))
+    scores = torch.stack(seen).detach()
+    assert all(s.requires_grad for s in seen[:20]) and not seen[20].requires_grad
+    assert (scores[10:].mean(dim=0) > scores[0]).all()
+    # the last step of this solver ends at x0 itself, so that the picture is the one that scored best
+    assert torch.allclose(redness(sd.decode(latents), prompts), scores.amax(dim=0), atol=1e-5)
+    assert fingerprint(sd) == before
+    assert all(p.grad is None for module in (sd.unet, sd.vae) for p in module.parameters())
+
+
+def raising(error: Exception):
+    def score(x0: torch.Tensor) -> torch.Tensor:
+        raise error
+    return score
+
+
+@pytest.mark.parametrize("score,words", [
+    (raising(torch.OutOfMemoryError("CUDA out of memory")), "out of memory in the search .* lower --width"),
+    (raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")), "out of memory in the search"),
+    (lambda x0: x0.sum(dim=(1, 2, 3)) * math.nan, "not finite at step 0: use --dtype bfloat16")])
+def test_what_stops_a_search_is_one_clear_line(score, words):
+    with pytest.raises(InputError, match=words):
+        trajectory(MaskSearch(score, 2))
+
+
+def test_a_search_in_float16_follows_gradients_that_are_too_small_for_it():
+    half = UNet(NARROW).requires_grad_(False).half()
+    half.load_state_dict(UNETS[NARROW].state_dict())
+    moved = []
+    for unet in (UNETS[NARROW], half):
+        run = MaskSearch(lambda x0: 1e-5 * nearness(x0), 1).start(unet, seeded(0, 1), 2).at(0)
+        x, context = (z.to(unet.conv_in.weight.dtype) for z in (randn(2, 4, 8, 8), randn(2, 5, 8, seed=1)))
+        run.search(lambda run=run, unet=unet, x=x, context=context: unet(x, torch.tensor(500), context,
+                                                                         masks=run).float())
+        moved.append(torch.cat([(p - 1).flatten() for p in weights(run.masks.source)]))
+    assert torch.corrcoef(torch.stack(moved))[0, 1] > 0.9
+
+
+def test_other_errors_of_a_score_are_not_hidden():
+    with pytest.raises(RuntimeError, match="shapes"):
+        trajectory(MaskSearch(raising(RuntimeError("shapes don't match")), 2))
+
+
+@pytest.mark.parametrize("settings,words", [(dict(iterations=-1), "0 or more"), (dict(keep="first"), "last or best"),
+                                            (dict(schedule="mine"), "paper or released")])
+def test_bad_search_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        MaskSearch(nearness, **settings)
