@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from freescale import Stage
     from freeu import FreeU
     from unet import PerUnit, UNet
 
@@ -85,22 +86,25 @@ class Features:
         return x + self.alpha * first_x if self.alpha and t < 500 and late == self.late else x
 
     def decode_ahead(self, unet: "UNet", x: Tensor, i: int, shifts: list["PerUnit"], text: "PerUnit",
-                     freeu: "FreeU | None") -> Tensor:
+                     freeu: "FreeU | None", stage: "Stage | None" = None) -> Tensor:
         """Parallel Faster Diffusion: at a key step, predict for it and all steps up to the next one; else look it up.
 
         One call of the encoder, and the decoder on one batch: the rows of the first step, of the second, and so on.
         """
         if self.key:
-            h, skips = unet.encode(x, shifts[i], text)
+            scale = None if stage is None else stage.at(i)
+            h, skips = unet.encode(x, shifts[i], text, None, scale)
             group = list(takewhile(lambda j: j == i or j not in self.keys, range(i, self.steps)))
             most = max(1, (self.max_batch or len(group) * len(x)) // len(x))              # steps a batch
             while group:
                 strength = [None if freeu is None else freeu.at(j / self.steps) for j in group[:most]]
                 n = next((k for k, s in enumerate(strength) if s != strength[0]), len(strength))    # alike in FreeU
+                if stage is not None:                                  # step i goes on with its encoder's windows
+                    scale = scale.together([scale if j == i else stage.at(j) for j in group[:n]])
                 out = unet.decode(repeat(h, n), [repeat(skip, n) for skip in skips],
                                   stack_steps([shifts[j] for j in group[:n]], len(x)),
                                   text._replace(up=[kv and [(repeat(k, n), repeat(v, n)) for k, v in kv]
-                                                    for kv in text.up]), strength[0])
+                                                    for kv in text.up]), strength[0], None, scale)
                 self.ahead += out.chunk(n)
                 group = group[n:]
         return self.ahead.pop(0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from cache import DeepCache, FasterDiffusion
+    from freescale import FreeScale
     from freeu import FreeU
     from unet import PerUnit
 
@@ -149,7 +150,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
              *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
-             freescale: None = None, masks: None = None,
+             freescale: "FreeScale | None" = None, masks: None = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
              ) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
@@ -166,17 +167,24 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
     cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
-    freescale, masks: names kept for these techniques, which are not here yet; anything but None is an error.
+    freescale: run as a later stage of the cascade, from `init`, an enlarged picture; the settings' `restart` takes the
+        place of `strength`. See `freescale.py`; needs generators.
+    masks: a name kept for this technique, which is not here yet; anything but None is an error.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
     """
-    if freescale is not None or masks is not None:
-        raise ValueError("FreeScale and masks are not here yet: leave freescale and masks at None")
+    if masks is not None:
+        raise ValueError("masks are not here yet: leave masks at None")
+    if freescale is not None and (init is None or generators is None):
+        raise ValueError("FreeScale goes on from an enlarged picture: pass it as init, and generators, one per image")
     p = plan(sampler, steps, schedule, spacing)
     eta = 1.0 if sampler == "euler-a" else eta
     check_settings(sampler, prediction, eta, generators, strength)
     step = dpm_solver(p) if sampler.startswith("dpm") else ddim(p, eta, lambda: draw_noise(generators, noise))
 
+    stage = None if freescale is None else freescale.start(noise.shape[2:], steps, generators)
     start = 0 if init is None else steps - int(steps * strength)
+    if stage is not None:
+        start = stage.first
     if start == steps:                                                 # strength 0: nothing to do
         yield steps - 1, init.expand_as(noise)
         return
@@ -196,13 +204,17 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         techniques = {}                                                # what acts at this step; nothing by default
         if freeu is not None and (now := freeu.at(i / steps)) is not None:
             techniques["freeu"] = now
+        if stage is not None:
+            techniques["freescale"] = stage.at(i)
+            if i > start:                                              # at the start it is the noised picture itself
+                x = stage.mix(x, init, noise, p.now[i], p.times[i], schedule.train_steps)
         if features is not None:
             techniques["cache"] = features.at(i)
             x = features.inject(x, first_x, p.times[i])
         x_in = x.to(model_dtype)
         x_in = torch.cat([x_in, x_in]) if guided else x_in
         if features is not None and features.parallel:
-            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu)
+            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu, stage)
             x = features.inject(x, first_x, p.times[i], late=True)
         else:
             out = unet(x_in, shifts[i], text, added, **techniques)

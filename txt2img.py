@@ -33,6 +33,7 @@ except ImportError:
 from cache import DeepCache, FasterDiffusion
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_weights, read_config, replacing, run_command
+from freescale import FreeScale, enlarge
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
@@ -124,8 +125,9 @@ class StableDiffusion:
     def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
-               cache: DeepCache | FasterDiffusion | None = None, freescale: None = None, masks: None = None,
-               init: Tensor | None = None, strength: float = 0.8,
+               cache: DeepCache | FasterDiffusion | None = None, freescale: FreeScale | None = None,
+               masks: None = None,
+               init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -135,8 +137,14 @@ class StableDiffusion:
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
         noise: (B, 4, h, w), unit variance, in place of the seeds' first draw.
         init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
-        callback(step, latents) is called after each step. Other arguments: see `sampler.generate`.
+        freescale: the stages of a large picture, see `freescale.py`. Height, width and noise are the first stage's;
+            init takes the place of its result, and strength doesn't matter.
+        tile: of the VAE between FreeScale's stages, as in `decode`.
+        callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
+            arguments: see `sampler.generate`.
         """
+        if freescale is not None:
+            freescale, (height, width) = self.fit(freescale, height, width), freescale.resolutions[0]
         factor, native = self.config.vae.factor, self.config.size
         for given in (init, noise):
             if given is not None:
@@ -161,16 +169,37 @@ class StableDiffusion:
         if init is not None and tuple(init.shape) not in (shape, (1, *shape[1:])):
             raise InputError(f"init has shape {tuple(init.shape)}, but {shape} is needed")
         init = None if init is None else init.to(self.device)
-        latents = noise
-        for i, latents in generate(
-                self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache, freescale=freescale,
-                masks=masks, schedule=self.config.schedule, init=init, strength=strength):
-            if callback is not None:
-                callback(i, latents)
-        if not latents.isfinite().all():
-            raise InputError(not_finite("latents", self.dtype))
+
+        def run(noise: Tensor, init: Tensor | None, stage: int, freescale: FreeScale | None) -> Tensor:
+            latents = noise
+            for i, latents in generate(
+                    self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale,
+                    self.config.prediction, added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
+                    freescale=freescale, masks=masks, schedule=self.config.schedule, init=init, strength=strength):
+                if callback is not None:
+                    callback(stage * steps + i, latents)
+            if not latents.isfinite().all():
+                raise InputError(not_finite("latents", self.dtype))
+            return latents
+
+        if freescale is None:
+            return run(noise, init, 0, None)
+        latents = run(noise, None, 0, None) if init is None else init.expand(shape).float()
+        for stage, size in enumerate(freescale.resolutions[1:], start=1):
+            like = latents.new_empty(1, shape[1], *(side // factor for side in size))
+            unit = draw_noise(generators, like) if freescale.upsample == "rgb" else None
+            latents = enlarge(latents, size, freescale.upsample, self.vae, unit, tile_side(tile, like))
+            latents = run(draw_noise(generators, like), latents, stage, freescale)
         return latents
+
+    def fit(self, freescale: FreeScale, height: int | None, width: int | None) -> FreeScale:
+        """Settings with the model's native size; InputError for a first stage of another size than asked for."""
+        first = freescale.resolutions[0]
+        if (height or first[0], width or first[1]) != first:
+            raise InputError(f"FreeScale begins with {first[1]}x{first[0]}, so leave height and width at None")
+        if freescale.native is None:
+            freescale = replace(freescale, native=self.config.size // self.config.vae.factor)
+        return freescale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
     from cache import Features
+    from freescale import Scale
     from freeu import FreeU
 
 
@@ -66,6 +67,13 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def convolve(conv: nn.Conv2d, x: Tensor, dilation: tuple[int, int] | None) -> Tensor:
+    """A 3x3 convolution, its taps (down, along) so many pixels apart; None: one. The size of the result is the same."""
+    if dilation is None:
+        return conv(x)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=dilation, dilation=dilation)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; the time enters as one number a channel in between.
 
@@ -81,9 +89,9 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + shift[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, shift: Tensor, dilation: tuple[int, int] | None = None) -> Tensor:
+        h = convolve(self.conv1, F.silu(self.norm1(x)), dilation) + shift[:, :, None, None]
+        h = convolve(self.conv2, F.silu(self.norm2(h)), dilation)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -105,12 +113,16 @@ class Attention(nn.Module):
         """(B, L, D) -> what `forward` attends to. For a text it is the same at every step: see `UNet.embed_text`."""
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        q, (k, v) = self.split(self.to_q(x)), keys_values
-        if self.upcast and x.dtype in (torch.float16, torch.bfloat16):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (B, heads, N, C / heads), keys and values (B, heads, L, C / heads) -> (B, N, C), unprojected."""
+        dtype = q.dtype
+        if self.upcast and dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        h = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return self.to_out[0](h.transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q, k, v).to(dtype)
+        return h.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        return self.to_out[0](self.attend(self.split(self.to_q(x)), *keys_values))
 
 
 class GEGLU(nn.Module):
@@ -138,7 +150,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward. (B, N, C), keys and values of the text -> (B, N, C)"""
+    """Self-attention, attention to the text, feed-forward. (B, N, C), keys and values of the text -> (B, N, C)
+
+    grid: the (H, W) that the N = H * W tokens come from.
+    """
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool):
         super().__init__()
@@ -149,9 +164,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], grid: tuple[int, int],
+                freescale: "Scale | None" = None) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h))
+        if freescale is None:
+            x = x + self.attn1(h, self.attn1.keys_values(h))
+        else:
+            x = x + freescale(self.attn1, h, grid)
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -168,11 +187,11 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, config.context_dim, heads, config.upcast_attention) for _ in range(depth)])
         self.proj_out = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]], freescale: "Scale | None" = None) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block, keys_values in zip(self.transformer_blocks, text, strict=True):
-            h = block(h, keys_values)
+            h = block(h, keys_values, x.shape[2:], freescale)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
@@ -184,8 +203,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    def forward(self, x: Tensor, dilation: tuple[int, int] | None = None) -> Tensor:
+        return convolve(self.conv, x, dilation)
 
 
 class Upsample(nn.Module):
@@ -273,7 +292,8 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
-                freeu: "FreeU | None" = None, cache: "Features | None" = None) -> Tensor:
+                freeu: "FreeU | None" = None, cache: "Features | None" = None,
+                freescale: "Scale | None" = None) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
@@ -281,16 +301,17 @@ class UNet(nn.Module):
         added: SDXL's pooled text and image sizes (B, add_dim); None for the other models.
         freeu: factors on backbone and skips, see `freeu.py`; None: the plain network.
         cache: which units run at this step, and what stands in for the others, see `cache.py`; None: all run.
+        freescale: scale fusion and dilated convolutions for large maps, see `freescale.py`; None: the plain network.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
-        h, skips = self.encode(x, shifts, text, None if cache is None else cache.down)
+        h, skips = self.encode(x, shifts, text, None if cache is None else cache.down, freescale)
         if cache is not None:
             h, skips = cache.encoded(h, skips)
-        return self.decode(h, skips, shifts, text, freeu, cache)
+        return self.decode(h, skips, shifts, text, freeu, cache, freescale)
 
-    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit,
-               down: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
+    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit, down: int | None = None,
+               freescale: "Scale | None" = None) -> tuple[Tensor | None, list[Tensor]]:
         """conv_in, the down units and the middle -> the middle's output and the skips, largest map first.
 
         down: run only so many down units and not the middle (None in its place); -1: not even conv_in.
@@ -299,25 +320,28 @@ class UNet(nn.Module):
             return None, []
         h = self.conv_in(x)
         skips = [h]
-        for unit, shift, keys_values in zip(self.down_units()[:down], shifts.down, text.down):
+        for i, (unit, shift, keys_values) in enumerate(zip(self.down_units()[:down], shifts.down, text.down)):
+            dilation = None if freescale is None else freescale.dilation(i, self.config)
             if unit.resample is not None:
-                h = unit.resample(h)
+                h = unit.resample(h, dilation)
             else:
-                h = unit.resnet(h, shift)
+                h = unit.resnet(h, shift, dilation)
                 if unit.attention is not None:
-                    h = unit.attention(h, keys_values)
+                    h = unit.attention(h, keys_values, freescale)
             skips.append(h)
         if down is not None:
             return None, skips
 
         resnet_1, resnet_2 = self.mid_block.resnets
-        h = resnet_1(h, shifts.mid[0])
-        h = self.mid_block.attentions[0](h, text.mid)
-        h = resnet_2(h, shifts.mid[1])
+        dilation = None if freescale is None else freescale.dilation(None, self.config)
+        h = resnet_1(h, shifts.mid[0], dilation)
+        h = self.mid_block.attentions[0](h, text.mid, freescale)
+        h = resnet_2(h, shifts.mid[1], dilation)
         return h, skips
 
     def decode(self, h: Tensor | None, skips: list[Tensor], shifts: PerUnit, text: PerUnit,
-               freeu: "FreeU | None" = None, cache: "Features | None" = None) -> Tensor:
+               freeu: "FreeU | None" = None, cache: "Features | None" = None,
+               freescale: "Scale | None" = None) -> Tensor:
         """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
         units = self.up_units()
         for i in range(0 if cache is None else cache.up, len(units)):
@@ -328,7 +352,7 @@ class UNet(nn.Module):
                 h, skip = freeu(h, skip, i, self.config)
             h = unit.resnet(torch.cat([h, skip], dim=1), shift)
             if unit.attention is not None:
-                h = unit.attention(h, keys_values)
+                h = unit.attention(h, keys_values, freescale)
             if unit.resample is not None:
                 h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))

@@ -197,14 +197,14 @@ def test_key_schedules_are_the_published_ones():
 class Counting(UNet):
     """Notes the batch of every call of its two halves."""
 
-    def encode(self, x, shifts, text, down=None):
+    def encode(self, x, shifts, text, down=None, *more):
         if down is None or down >= 0:
             self.calls.append(("encode", len(x), down))
-        return super().encode(x, shifts, text, down)
+        return super().encode(x, shifts, text, down, *more)
 
-    def decode(self, h, skips, shifts, text, freeu=None, cache=None):
+    def decode(self, h, skips, shifts, text, freeu=None, cache=None, *more):
         self.calls.append(("decode", len(skips[0]), 0 if cache is None else cache.up))
-        return super().decode(h, skips, shifts, text, freeu, cache)
+        return super().decode(h, skips, shifts, text, freeu, cache, *more)
 
 
 def calls(cache, steps: int = 10) -> list[tuple]:
