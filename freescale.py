@@ -90,6 +90,10 @@ class FreeScale:
         if not (torch.as_tensor(self.detail) >= 0).all():              # NaN fails too
             raise ValueError("FreeScale's detail must be 0 or more everywhere; 1 to 2 are usual, at most 1 for 8x")
 
+    def first_step(self, steps: int) -> int:
+        """The step that later stages start from, of so many."""
+        return int(self.restart * steps + 1e-9)                        # 0.29 * 100 is 28.999...
+
     def start(self, size: tuple[int, int], steps: int, generators: list[torch.Generator]) -> "Stage":
         """What the sampling loop makes for a stage of latents (h, w). Draws one number an image and step."""
         if self.native is None:
@@ -112,11 +116,6 @@ class Stage:
     steps: int
     seeds: list[list[int]]
     alpha: float | Tensor
-
-    @property
-    def first(self) -> int:
-        """The step that the stage starts from."""
-        return int(self.settings.restart * self.steps + 1e-9)
 
     def mix(self, x: Tensor, init: Tensor, noise: Tensor, alpha_bar: float, t: float, train_steps: int) -> Tensor:
         """Detail control: x (B, 4, h, w) drawn by the factor c to the enlarged picture with this step's noise.

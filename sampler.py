@@ -183,8 +183,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
 
     stage = None if freescale is None else freescale.start(noise.shape[2:], steps, generators)
     start = 0 if init is None else steps - int(steps * strength)
-    if stage is not None:
-        start = stage.first
+    if freescale is not None:
+        start = freescale.first_step(steps)
     if start == steps:                                                 # strength 0: nothing to do
         yield steps - 1, init.expand_as(noise)
         return

@@ -144,7 +144,7 @@ class StableDiffusion:
             arguments: see `sampler.generate`.
         """
         if freescale is not None:
-            freescale, (height, width) = self.fit(freescale, height, width), freescale.resolutions[0]
+            freescale, (height, width) = self.fit(freescale, height, width, init), freescale.resolutions[0]
         factor, native = self.config.vae.factor, self.config.size
         for given in (init, noise):
             if given is not None:
@@ -192,11 +192,13 @@ class StableDiffusion:
             latents = run(draw_noise(generators, like), latents, stage, freescale)
         return latents
 
-    def fit(self, freescale: FreeScale, height: int | None, width: int | None) -> FreeScale:
-        """Settings with the model's native size; InputError for a first stage of another size than asked for."""
+    def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
+        """The settings with the model's native size; InputError for a first stage that isn't what is asked for."""
         first = freescale.resolutions[0]
         if (height or first[0], width or first[1]) != first:
             raise InputError(f"FreeScale begins with {first[1]}x{first[0]}, so leave height and width at None")
+        if len(freescale.resolutions) == 1 and init is not None:
+            raise InputError("init takes the place of FreeScale's first stage: give a second, larger resolution")
         if freescale.native is None:
             freescale = replace(freescale, native=self.config.size // self.config.vae.factor)
         return freescale
@@ -293,8 +295,14 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
                                  ("Init image", args.init_image, None)):
         if value != default:
             pairs[name] = value
-    if args.init_image:
+    if args.init_image and args.stages is None:
         pairs["Denoising strength"] = f"{args.strength:g}"
+    if args.stages is not None:
+        sizes = " ".join(f"{w}x{h}" for h, w in args.stages)
+        pairs["FreeScale"] = (f"{sizes} restart {args.freescale_restart:g} dilate {args.freescale_dilate:g} blur "
+                              f"{args.freescale_blur} upsample {args.freescale_upsample}"
+                              f"{' fast' if args.freescale_fast else ''}")
+        pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {args.detail_map.name}"
     if args.cache == "deepcache":
         pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}"
     if args.cache == "faster":
@@ -340,7 +348,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", "-W", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--height", "-H", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--init-image", type=Path, metavar="FILE", help="start from this picture")
-    parser.add_argument("--strength", type=float, default=0.8, help="how much of --init-image is redrawn, 0 to 1")
+    parser.add_argument("--strength", type=float, help="how much of --init-image is redrawn, 0 to 1 (default: 0.8)")
     parser.add_argument("--grid", action="store_true", help="also write all pictures as one sheet")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time: faster, more memory")
     parser.add_argument("--vae-tile", type=int, help="side of VAE tiles in latent pixels, 0: none (default: by size)")
@@ -367,13 +375,39 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
     group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
                        help="faster: prior noise injected in the second half")
-    return check_arguments(parser.parse_args())
+    group = parser.add_argument_group("FreeScale (freescale.py): pictures beyond the training size")
+    group.add_argument("--freescale", type=int, choices=[2, 4, 8], metavar="N",
+                       help="draw at the model's size (or -W, -H), double it up to N = 2, 4 or 8 times")
+    group.add_argument("--resolutions", metavar="WxH,WxH", help="of all stages instead, the last is the picture's")
+    group.add_argument("--freescale-official", action="store_true",
+                       help="the official defaults: N 4, blur official, FreeU version 1, 50 Euler steps, leading times")
+    group.add_argument("--detail", default="2", metavar="ALPHA[,OUTSIDE]",
+                       help="larger: later stages are freer; 0.5 to 2, at most 1 for N 8")
+    group.add_argument("--detail-map", type=Path, metavar="FILE",
+                       help="gray picture as large as a stage: ALPHA where it isn't black, OUTSIDE where it is")
+    group.add_argument("--freescale-fast", action="store_true", help="global attention on interleaved parts of the map")
+    group.add_argument("--freescale-blur", default="spatial", help="spatial: the paper's; official: channels too")
+    group.add_argument("--freescale-upsample", default="rgb", help="between stages: rgb, through the VAE; or latent")
+    group.add_argument("--freescale-restart", type=float, default=0.3, metavar="PART",
+                       help="of the steps that later stages skip")
+    group.add_argument("--freescale-dilate", type=float, default=0.7, metavar="PART",
+                       help="of the steps up to which deep convolutions are dilated")
+    args = parser.parse_args()
+    if args.freescale_official:                                        # as defaults: flags that are given still count
+        parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
+                            freescale_blur="official", freescale=None if args.resolutions else 4)
+        args = parser.parse_args()
+    return check_arguments(args)
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
     read_freeu(args, "tiny")
     read_cache(args)
+    read_resolutions(args)
+    if args.strength is not None and args.stages is not None:
+        raise InputError("--strength is for a picture of the same size; FreeScale's stages take --freescale-restart")
+    args.strength = 0.8 if args.strength is None else args.strength
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -464,6 +498,67 @@ def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache 
     return cache
 
 
+def read_resolutions(args: argparse.Namespace) -> None:
+    """Sets args.stages to the (height, width) of --resolutions; to () for --freescale, known later; or to None."""
+    args.stages = None if args.freescale is None else ()
+    if args.resolutions is not None:
+        try:
+            sizes = [tuple(int(side) for side in size.split("x")) for size in args.resolutions.split(",")]
+            args.stages = tuple((height, width) for width, height in sizes)
+        except ValueError:
+            raise InputError(f"--resolutions takes sizes such as 512x512,1024x1024, not {args.resolutions!r}") from None
+        if args.freescale is not None or (args.width, args.height) != (None, None):
+            raise InputError("--resolutions gives all sizes: leave out --freescale, --width and --height")
+        for height, width in args.stages:
+            check_size(height, width)
+        args.height, args.width = args.stages[0]
+        if args.init_image and len(args.stages) == 1:
+            raise InputError("--init-image takes the place of the first of --resolutions: give a second, larger one")
+    if args.stages is None and args.detail_map is not None:
+        raise InputError("--detail-map needs the stages of FreeScale: give --freescale 2, or --resolutions")
+
+
+def read_freescale(args: argparse.Namespace, height: int, width: int) -> FreeScale | None:
+    """The FreeScale object that the flags ask for; height and width are the first stage's. Completes args.stages."""
+    if args.stages is None:
+        return None
+    factors = [2 ** k for k in range(4) if 2 ** k <= (args.freescale or 0)]
+    args.stages = args.stages or tuple((height * factor, width * factor) for factor in factors)
+    check_size(*args.stages[-1])
+    try:
+        alphas = [float(part) for part in args.detail.split(",")]
+    except ValueError:
+        alphas = []
+    if len(alphas) != (1 if args.detail_map is None else 2):
+        raise InputError(f"--detail takes {'one number' if args.detail_map is None else 'two numbers'} "
+                         f"{'without' if args.detail_map is None else 'with'} --detail-map, such as "
+                         f"{'2' if args.detail_map is None else '2,0.5'}, not {args.detail!r}")
+    detail = alphas[0]
+    if args.detail_map is not None:
+        mask = read_mask(args.detail_map)
+        if tuple(mask.shape) not in args.stages:
+            sizes = ", ".join(f"{w}x{h}" for h, w in args.stages)
+            raise InputError(f"{args.detail_map} is {mask.shape[1]}x{mask.shape[0]}, but must be as large as a stage "
+                             f"({sizes}): resize it")
+        detail = torch.where(mask, *alphas)
+    try:
+        return FreeScale(args.stages, restart=args.freescale_restart, detail=detail, upsample=args.freescale_upsample,
+                         blur=args.freescale_blur, fast=args.freescale_fast, dilate=args.freescale_dilate)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def read_mask(path: Path) -> Tensor:
+    """A gray picture as (H, W), true where it isn't black."""
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("1", "L"):
+                raise InputError(f"{path} has mode {file.mode}, but a mask is black and white or gray: save it so")
+            return torch.from_numpy(np.asarray(file) > 0)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"can't read the mask {path} ({error})") from None
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts in order, each as often as --n says."""
     prompts = [args.prompt]
@@ -538,6 +633,10 @@ def main() -> None:
         height, width = init_image.shape[-2:]
     else:
         height, width = (config.size if side is None else side for side in (args.height, args.width))
+    freescale = read_freescale(args, height, width)
+    stages = 1 if freescale is None else len(freescale.resolutions)
+    if freescale is not None:
+        height, width = freescale.resolutions[-1]
     paths = picture_paths(args, len(prompts))
     parameters = [parameters_text(args, prompt, args.seed + k, height, width) for k, prompt in enumerate(prompts)]
 
@@ -550,19 +649,24 @@ def main() -> None:
         sd = StableDiffusion.load(args.model, device, args.dtype)
         read_cache(args, sd.unet)
         if cache is not None:
-            first = 0 if init_image is None else args.steps - int(args.steps * args.strength)
-            run, every = cache.start(args.steps, first, sd.unet).units_run(first)
+            first = [0 if init_image is None else args.steps - int(args.steps * args.strength)]
+            if freescale is not None:
+                first = [0] * (init_image is None) + [freescale.first_step(args.steps)] * (stages - 1)
+            counts = [cache.start(args.steps, i, sd.unet).units_run(i) for i in first]
+            run, every = (sum(numbers) for numbers in zip(*counts))
             print(f"{args.cache}: {run} of {every} units of the U-Net run per picture", file=sys.stderr)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 
     for start in range(0, len(todo), args.batch_size):
         batch, started = todo[start:start + args.batch_size], time.time()
-        with tqdm(total=args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
-                  disable=rank > 0) as bar:
+        with tqdm(total=stages * args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step",
+                  leave=False, disable=rank > 0) as bar:
             latents = sd.sample(
                 [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
-                cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], height=height, width=width, eta=args.eta,
-                spacing=args.spacing, freeu=freeu, cache=cache, init=init, strength=args.strength,
+                cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], eta=args.eta,
+                height=height if freescale is None else None, width=width if freescale is None else None,
+                spacing=args.spacing, freeu=freeu, cache=cache, freescale=freescale, init=init,
+                strength=args.strength, tile=args.vae_tile,
                 callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)

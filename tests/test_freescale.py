@@ -312,11 +312,11 @@ def test_the_detail_factor_falls_from_1_to_0_and_is_a_half_to_the_alpha_in_the_m
 def test_at_the_restart_mixing_changes_nothing():
     init, noise, p = randn(1, 4, 16, 16), randn(1, 4, 16, 16, seed=1), plan("ddim", 50)
     stage = settings().start((16, 16), 50, [seeded()])
-    i = stage.first
+    i = settings().first_step(50)
     x = math.sqrt(p.now[i]) * init + math.sqrt(1 - p.now[i]) * noise
     assert i == 15 and p.times[i] == 681
     assert (stage.mix(x, init, noise, p.now[i], p.times[i], 1000) - x).abs().max() < 1e-6
-    assert [replace(settings(), restart=r).start((16, 16), n, []).first for r, n in
+    assert [settings(restart=r).first_step(n) for r, n in
             ((0.29, 100), (0.3, 10), (0.5, 4), (0.0, 5), (0.7, 10))] == [29, 3, 2, 0, 7]
 
 
