@@ -236,8 +236,8 @@ def attend_windows(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, wind
                   for row, top, left in windows[begin:begin + chunk]]
         heads = [attention.split(torch.stack([m[place] for place in places]).flatten(1, 2)) for m in (q, k, v)]
         for place, out in zip(places, attention.attend(*heads).unflatten(1, window)):
-            total[place] += out
-            count[place] += 1
+            total[place].add_(out)
+            count[place].add_(1)
     inside = (slice(None), slice(pad_y, pad_y + height), slice(pad_x, pad_x + width))
     return total[inside] / count[inside]
 

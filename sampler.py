@@ -152,7 +152,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | None" = None,
              freescale: "FreeScale | None" = None, masks: None = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
-             ) -> Iterator[tuple[int, Tensor]]:
+             low_memory: bool = False) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
     unet: a `UNet`, or any function (x, t, context, added) -> prediction, with t a scalar tensor. Gradients are recorded
@@ -171,6 +171,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         place of `strength`. See `freescale.py`; needs generators.
     masks: a name kept for this technique, which is not here yet; anything but None is an error.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
+    low_memory: run the two halves of guidance one after the other: the same result with half the activations.
     """
     if masks is not None:
         raise ValueError("masks are not here yet: leave masks at None")
@@ -190,35 +191,43 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         return
     x = noise * p.start_scale if init is None else math.sqrt(p.now[start]) * init + math.sqrt(1 - p.now[start]) * noise
 
-    # Both halves of guidance run in one batch. What doesn't depend on x is computed once, before the loop.
+    # Both halves of guidance run in one batch, or in two. What doesn't depend on x is computed once, before the loop.
     guided = negative_context is not None and cfg_scale != 1
+    halves = [(context, added)]
     if guided:
-        context = torch.cat([negative_context, context])
-        added = None if added is None else torch.cat([added if negative_added is None else negative_added, added])
+        negative_added = added if negative_added is None else negative_added
+        halves = [(negative_context, negative_added), (context, added)]
+        if not low_memory:
+            added = None if added is None else torch.cat([negative_added, added])
+            halves = [(torch.cat([negative_context, context]), added)]
     model_dtype = context.dtype
-    text, shifts = prepare(unet, context, p, added)
-
-    features = None if cache is None else cache.start(steps, start, unet)
+    passes = [(*prepare(unet, text, p, extra), extra, None if cache is None else cache.start(steps, start, unet))
+              for text, extra in halves]
+    features = passes[0][-1]
     first_x = x
     for i in range(start, steps):
         techniques = {}                                                # what acts at this step; nothing by default
         if freeu is not None and (now := freeu.at(i / steps)) is not None:
             techniques["freeu"] = now
-        if stage is not None:
-            techniques["freescale"] = stage.at(i)
-            if i > start:                                              # at the start it is the noised picture itself
-                x = stage.mix(x, init, noise, p.now[i], p.times[i], schedule.train_steps)
+        if stage is not None and i > start:                            # at the start x is the noised picture itself
+            x = stage.mix(x, init, noise, p.now[i], p.times[i], schedule.train_steps)
         if features is not None:
-            techniques["cache"] = features.at(i)
             x = features.inject(x, first_x, p.times[i])
         x_in = x.to(model_dtype)
-        x_in = torch.cat([x_in, x_in]) if guided else x_in
+        x_in = torch.cat([x_in, x_in]) if guided and not low_memory else x_in
+        out = []
+        for text, shifts, extra, features in passes:
+            if stage is not None:
+                techniques["freescale"] = stage.at(i)                  # in both halves the same windows
+            if features is not None:
+                techniques["cache"] = features.at(i)
+            if features is not None and features.parallel:
+                out.append(features.decode_ahead(unet, x_in, i, shifts, text, freeu, stage))
+            else:
+                out.append(unet(x_in, shifts[i], text, extra, **techniques))
         if features is not None and features.parallel:
-            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu, stage)
             x = features.inject(x, first_x, p.times[i], late=True)
-        else:
-            out = unet(x_in, shifts[i], text, added, **techniques)
-        out = out.to(x.dtype)
+        out = torch.cat(out).to(x.dtype)
         if guided:
             negative, positive = out.chunk(2)
             out = negative + cfg_scale * (positive - negative)

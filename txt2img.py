@@ -7,6 +7,7 @@ Start at `StableDiffusion.sample`; the loop it runs is `sampler.generate`. Shape
 pixels, L text tokens, D text width, P width of SDXL's pooled text vector.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
@@ -35,6 +36,7 @@ from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_weights, read_config, replacing, run_command
 from freescale import FreeScale, enlarge
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
+from memory import free_memory, plan_stages
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -50,15 +52,19 @@ class StableDiffusion:
     """A model folder in memory: tokenizer, text encoders, U-Net and VAE. Make one with `StableDiffusion.load`."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text_encoders: list[TextEncoder],
-                 unet: UNet, vae: VAE):
+                 unet: UNet, vae: VAE, low_memory: bool = False):
         self.config, self.tokenizer, self.text_encoders = config, tokenizer, text_encoders
-        self.unet, self.vae = unet, vae
+        self.unet, self.vae, self.low_memory = unet, vae, low_memory
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device = "cpu",
-             dtype: torch.dtype = torch.float32) -> "StableDiffusion":
-        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit."""
+    def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             low_memory: bool = False) -> "StableDiffusion":
+        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
+
+        low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
+            of guidance run one after the other. The same pictures, with less memory and somewhat slower.
+        """
         folder = Path(folder)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder / "tokenizer.json", config)
@@ -67,13 +73,24 @@ class StableDiffusion:
         load_weights(unet, folder / "unet.safetensors", device, dtype)
         # SDXL's VAE overflows float16: it stays in float32 there
         guard = config.vae.force_upcast and dtype == torch.float16
-        load_weights(vae, folder / "vae.safetensors", device, torch.float32 if guard else dtype)
+        home = "cpu" if low_memory else device
+        load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
         for name, text in zip(("text_encoder", "text_encoder_2"), texts):
-            load_weights(text, folder / f"{name}.safetensors", device, dtype)
+            load_weights(text, folder / f"{name}.safetensors", home, dtype)
         if dtype != torch.float32:                                     # half-precision convolutions want this layout
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
-        return StableDiffusion(config, tokenizer, texts, unet, vae)
+        return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
+
+    @contextlib.contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        """The module beside the U-Net for as long as it is needed; with low_memory it waits in main memory else."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.low_memory:
+                module.to("cpu")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +101,8 @@ class StableDiffusion:
         hidden, pooled, lost = [], None, []
         for text in self.text_encoders:
             ids, lost = self.tokenizer(prompts, text.config.length, text.config.pad)
-            h, pooled = text(ids.to(self.device))                      # SDXL's pooled vector is the second encoder's
+            with self.on_device(text):
+                h, pooled = text(ids.to(self.device))                  # SDXL's pooled vector is the second encoder's
             hidden.append(h)
         for prompt, words in zip(prompts, lost):
             if words:
@@ -175,7 +193,8 @@ class StableDiffusion:
             for i, latents in generate(
                     self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale,
                     self.config.prediction, added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
-                    freescale=freescale, masks=masks, schedule=self.config.schedule, init=init, strength=strength):
+                    freescale=freescale, masks=masks, schedule=self.config.schedule, init=init, strength=strength,
+                    low_memory=self.low_memory):
                 if callback is not None:
                     callback(stage * steps + i, latents)
             if not latents.isfinite().all():
@@ -188,7 +207,8 @@ class StableDiffusion:
         for stage, size in enumerate(freescale.resolutions[1:], start=1):
             like = latents.new_empty(1, shape[1], *(side // factor for side in size))
             unit = draw_noise(generators, like) if freescale.upsample == "rgb" else None
-            latents = enlarge(latents, size, freescale.upsample, self.vae, unit, tile_side(tile, like))
+            with self.on_device(self.vae):
+                latents = enlarge(latents, size, freescale.upsample, self.vae, unit, tile_side(tile, like))
             latents = run(draw_noise(generators, like), latents, stage, freescale)
         return latents
 
@@ -209,19 +229,19 @@ class StableDiffusion:
 
         tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
         """
-        weight = self.vae.post_quant_conv.weight
-        z = latents.to(weight.device) / self.config.vae.scaling
-        images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
+        z = latents.to(self.device) / self.config.vae.scaling
+        with self.on_device(self.vae):
+            images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
         if not images.isfinite().all():
-            raise InputError(not_finite("decoded image", weight.dtype))
+            raise InputError(not_finite("decoded image", self.vae.post_quant_conv.weight.dtype))
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
-        weight, factor = self.vae.quant_conv.weight, self.config.vae.factor
-        x = images.to(weight.device) * 2 - 1
-        mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
+        x, factor = images.to(self.device) * 2 - 1, self.config.vae.factor
+        with self.on_device(self.vae):
+            mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
         return mean.float() * self.config.vae.scaling
 
 
@@ -352,6 +372,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help="also write all pictures as one sheet")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time: faster, more memory")
     parser.add_argument("--vae-tile", type=int, help="side of VAE tiles in latent pixels, 0: none (default: by size)")
+    parser.add_argument("--low-memory", action="store_true",
+                        help="less memory on the device, slower: guidance in two passes, only the U-Net stays there")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 elsewhere")
     group = parser.add_argument_group("FreeU and skip scaling (freeu.py)")
@@ -608,6 +630,24 @@ def read_image(args: argparse.Namespace) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 
 
+def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, freeu: FreeU | None,
+                 device: torch.device) -> None:
+    """InputError for a last stage that the device's free memory can't hold, with the flags that help."""
+    free = free_memory(device)
+    if free is None:
+        return
+    freescale = replace(freescale, native=config.size // config.vae.factor)
+    last = plan_stages(config, freescale, args.batch_size, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
+                       lambda latents: tile_side(args.vae_tile, latents), stages=[len(freescale.resolutions) - 1])[0]
+    if last.memory > free:
+        flags = [flag for flag, helps in (
+            ("--low-memory", not args.low_memory), ("--batch-size 1", args.batch_size > 1),
+            ("--vae-tile 64", args.vae_tile is not None and not 0 < args.vae_tile <= 64),
+            ("--dtype bfloat16", args.dtype == torch.float32), ("smaller --resolutions", True)) if helps]
+        raise InputError(f"the stage {last.width}x{last.height} needs about {last.memory / 1e9:.2g} GB, but there are "
+                         f"{free / 1e9:.2g} GB free on {device}: use {' or '.join(flags)}")
+
+
 def finished(path: Path, parameters: str) -> bool:
     """Whether an earlier run made this very picture; InputError for one with other settings in its place."""
     if not path.exists():
@@ -646,7 +686,9 @@ def main() -> None:
     todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
-        sd = StableDiffusion.load(args.model, device, args.dtype)
+        if freescale is not None:
+            check_memory(args, config, freescale, freeu, torch.device(device))
+        sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory)
         read_cache(args, sd.unet)
         if cache is not None:
             first = [0 if init_image is None else args.steps - int(args.steps * args.strength)]

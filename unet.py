@@ -38,6 +38,8 @@ class UNetConfig:
     groups: int = 32                                      # of every GroupNorm
 
 
+CHUNK = 32768              # tokens that a feed-forward layer takes at a time; SDXL's largest at 1024 pixels has 4096
+
 CONFIGS = {
     "sd15": UNetConfig(),
     "sd21": UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_proj=True, upcast_attention=True),
@@ -138,7 +140,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, N, C) -> (B, N, C), through four times the width."""
+    """(B, N, C) -> (B, N, C), through four times the width: more than CHUNK tokens in pieces, to bound its memory."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -146,7 +148,8 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        pieces = [self.net[2](self.net[0](piece)) for piece in x.split(CHUNK, dim=1)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 class TransformerBlock(nn.Module):

@@ -495,6 +495,15 @@ def test_a_steps_windows_are_the_same_however_often_it_is_asked_for():
     assert rms(both[:1], a) < 1e-5 and rms(both[1:], a) < 1e-5         # halves of guidance share windows
 
 
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+def test_guidance_in_two_passes_is_guidance_in_one_batch(config):
+    for more in ({}, dict(cache=DeepCache(2, 1)), dict(cache=FasterDiffusion(2, parallel=True, alpha=0.003))):
+        one, two = (run(settings(), batch=2, config=config, freeu=FREEU, low_memory=low, **more)[-1]
+                    for low in (False, True))
+        assert rms(two, one) < 1e-5
+    assert rms(run(None, config=config, low_memory=True)[-1], run(None, config=config)[-1]) < 1e-5
+
+
 def test_gradients_pass_through_scale_fusion():
     x = randn(1, 4, 16, 16).requires_grad_()
     stage = settings().start((16, 16), 10, [seeded()])

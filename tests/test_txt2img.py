@@ -259,6 +259,10 @@ def test_freescale_doubles_up_to_the_factor_and_says_so_in_the_picture(narrow, t
     assert command(*arguments, "--resolutions", "32x32,64x48", "--freescale-fast", "--freescale-upsample", "latent",
                    "--detail", 0.5, "--freescale-blur", "official")[0] == 0
     assert pixels(out).shape == (48, 64, 3)
+    kept = pixels(out)
+    assert command(*arguments, "--resolutions", "32x32,64x48", "--freescale-fast", "--freescale-upsample", "latent",
+                   "--detail", 0.5, "--freescale-blur", "official", "--low-memory")[0] == 0
+    assert np.abs(pixels(out).astype(int) - kept).max() <= 1
     assert "32x32 64x48 restart 0.3 dilate 0.7 blur official upsample latent fast" in Image.open(out).text["parameters"]
 
 
@@ -308,6 +312,19 @@ def test_a_detail_map_is_read_and_checked(narrow, tmp_path, command):
         mask.write_bytes(b"no picture") if picture is None else picture.save(mask)
         code, _, stderr = command(*arguments, "--detail", detail)
         assert code == 2 and words in stderr and stderr.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("flags,hints", [
+    ([], "--low-memory or --dtype bfloat16 or smaller --resolutions"),
+    (["--low-memory", "--dtype", "bfloat16", "--batch-size", 2], "--batch-size 1 or smaller --resolutions"),
+    (["--low-memory", "--dtype", "bfloat16", "--vae-tile", 0], "--vae-tile 64 or smaller --resolutions")])
+def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, hints, narrow, tmp_path, command,
+                                                                        monkeypatch):
+    monkeypatch.setattr(txt2img, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(StableDiffusion, "load", None)
+    code, _, stderr = command("a circle", "--model", narrow, "--freescale", 4, "--out", tmp_path / "p.png", *flags)
+    assert code == 2 and stderr.count("\n") == 1 and stderr.endswith(f"GB free on cpu: use {hints}\n")
+    assert "the stage 128x128 needs about" in stderr and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags,words", [
