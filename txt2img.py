@@ -146,6 +146,7 @@ class StableDiffusion:
                cache: DeepCache | FasterDiffusion | None = None, freescale: FreeScale | None = None,
                masks: None = None,
                init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
+               model: Callable[..., Tensor] | None = None,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -158,6 +159,7 @@ class StableDiffusion:
         freescale: the stages of a large picture, see `freescale.py`. Height, width and noise are the first stage's;
             init takes the place of its result, and strength doesn't matter.
         tile: of the VAE between FreeScale's stages, as in `decode`.
+        model: a function in the U-Net's place, such as `highres_baselines.py` makes.
         callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
             arguments: see `sampler.generate`.
         """
@@ -191,7 +193,7 @@ class StableDiffusion:
         def run(noise: Tensor, init: Tensor | None, stage: int, freescale: FreeScale | None) -> Tensor:
             latents = noise
             for i, latents in generate(
-                    self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale,
+                    model or self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale,
                     self.config.prediction, added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
                     freescale=freescale, masks=masks, schedule=self.config.schedule, init=init, strength=strength,
                     low_memory=self.low_memory):
@@ -631,17 +633,17 @@ def read_image(args: argparse.Namespace) -> Tensor:
 
 
 def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, freeu: FreeU | None,
-                 device: torch.device) -> None:
+                 images: int, device: torch.device) -> None:
     """InputError for a last stage that the device's free memory can't hold, with the flags that help."""
     free = free_memory(device)
     if free is None:
         return
     freescale = replace(freescale, native=config.size // config.vae.factor)
-    last = plan_stages(config, freescale, args.batch_size, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
+    last = plan_stages(config, freescale, images, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
                        lambda latents: tile_side(args.vae_tile, latents), stages=[len(freescale.resolutions) - 1])[0]
     if last.memory > free:
         flags = [flag for flag, helps in (
-            ("--low-memory", not args.low_memory), ("--batch-size 1", args.batch_size > 1),
+            ("--low-memory", not args.low_memory), ("--batch-size 1", images > 1),
             ("--vae-tile 64", args.vae_tile is not None and not 0 < args.vae_tile <= 64),
             ("--dtype bfloat16", args.dtype == torch.float32), ("smaller --resolutions", True)) if helps]
         raise InputError(f"the stage {last.width}x{last.height} needs about {last.memory / 1e9:.2g} GB, but there are "
@@ -687,7 +689,7 @@ def main() -> None:
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         if freescale is not None:
-            check_memory(args, config, freescale, freeu, torch.device(device))
+            check_memory(args, config, freescale, freeu, min(args.batch_size, len(todo)), torch.device(device))
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory)
         read_cache(args, sd.unet)
         if cache is not None:

@@ -316,7 +316,7 @@ def test_a_detail_map_is_read_and_checked(narrow, tmp_path, command):
 
 @pytest.mark.parametrize("flags,hints", [
     ([], "--low-memory or --dtype bfloat16 or smaller --resolutions"),
-    (["--low-memory", "--dtype", "bfloat16", "--batch-size", 2], "--batch-size 1 or smaller --resolutions"),
+    (["--low-memory", "--dtype", "bfloat16", "--batch-size", 2, "--n", 2], "--batch-size 1 or smaller --resolutions"),
     (["--low-memory", "--dtype", "bfloat16", "--vae-tile", 0], "--vae-tile 64 or smaller --resolutions")])
 def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, hints, narrow, tmp_path, command,
                                                                         monkeypatch):
