@@ -37,7 +37,7 @@ CONFIGS = {
     "vit-h": TextConfig(width=1024, layers=23, heads=16, hidden=4096, activation="gelu", pad=0),
     "bigg": TextConfig(width=1280, layers=32, heads=20, hidden=5120, activation="gelu", output="penultimate",
                        projection=1280, pad=0),
-    "tiny": TextConfig(vocab=46, length=24, width=128, layers=3, heads=4, hidden=512, pad=0),
+    "tiny": TextConfig(vocab=55, length=24, width=128, layers=3, heads=4, hidden=512, pad=0),
 }
 
 
@@ -71,11 +71,11 @@ class Tokenizer:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: a token sees itself and those before it. (B, L, D) -> (B, L, D)"""
+    """Self-attention; causal: a token sees itself and those before it, as in texts. (B, L, D) -> (B, L, D)"""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, causal: bool):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, causal
         self.q_proj = nn.Linear(config.width, config.width)
         self.k_proj = nn.Linear(config.width, config.width)
         self.v_proj = nn.Linear(config.width, config.width)
@@ -84,7 +84,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, heads, L, D / heads)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -105,10 +105,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer. (B, L, D) -> (B, L, D)"""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, causal: bool):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, causal)
         self.layer_norm2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
@@ -130,11 +130,11 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A bag of layers; `TextEncoder.forward` calls them."""
+    """A bag of layers; `TextEncoder.forward` calls them (and `ImageEncoder.forward` of `clip_image.py` its own)."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, causal: bool = True):
         super().__init__()
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([Layer(config, causal) for _ in range(config.layers)])
 
 
 class TextModel(nn.Module):

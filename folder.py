@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from clip_text import TextConfig
+from clip_text import TextConfig, Tokenizer
 from sampler import NoiseSchedule
 from unet import UNetConfig
 from vae import VAEConfig
@@ -127,6 +127,20 @@ def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtyp
             state[name] = tensor.to(device=device, dtype=dtype)
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def load_tokenizer(path: Path, vocab: int) -> Tokenizer:
+    """tokenizer.json, checked against the size of the text encoder's vocabulary."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; convert the model again")
+    try:
+        tokenizer = Tokenizer(path)
+    except Exception as error:                   # the tokenizers library raises nothing narrower
+        raise InputError(f"{path} is not a CLIP tokenizer ({error}); convert the model again") from None
+    if tokenizer.end >= vocab:
+        raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows {vocab}; convert the "
+                         "model again with the tokenizer that belongs to it")
+    return tokenizer
 
 
 def check_names(have: list[str], wanted: list[str], where: str) -> None:

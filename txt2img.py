@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ except ImportError:
 
 from cache import DeepCache, FasterDiffusion
 from clip_text import TextEncoder, Tokenizer
-from folder import InputError, ModelConfig, build, load_weights, read_config, replacing, run_command
+from folder import InputError, ModelConfig, build, load_tokenizer, load_weights, read_config, replacing, run_command
 from freescale import FreeScale, enlarge
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from memory import free_memory, plan_stages
@@ -67,7 +68,7 @@ class StableDiffusion:
         """
         folder = Path(folder)
         config = read_config(folder)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", config)
+        tokenizer = load_tokenizer(folder / "tokenizer.json", config.text_encoder.vocab)
         unet, vae = build(UNet, config.unet), build(VAE, config.vae)
         texts = [build(TextEncoder, c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
         load_weights(unet, folder / "unet.safetensors", device, dtype)
@@ -156,8 +157,8 @@ class StableDiffusion:
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
         noise: (B, 4, h, w), unit variance, in place of the seeds' first draw.
         init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
-        freescale: the stages of a large picture, see `freescale.py`. Height, width and noise are the first stage's;
-            init takes the place of its result, and strength doesn't matter.
+        freescale: the stages of a large picture, see `freescale.py`. Height and width, if given, are the last stage's,
+            noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
         tile: of the VAE between FreeScale's stages, as in `decode`.
         model: a function in the U-Net's place, such as `highres_baselines.py` makes.
         callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
@@ -215,10 +216,10 @@ class StableDiffusion:
         return latents
 
     def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
-        """The settings with the model's native size; InputError for a first stage that isn't what is asked for."""
-        first = freescale.resolutions[0]
-        if (height or first[0], width or first[1]) != first:
-            raise InputError(f"FreeScale begins with {first[1]}x{first[0]}, so leave height and width at None")
+        """The settings with the model's native size; InputError for stages that aren't what is asked for."""
+        last = freescale.resolutions[-1]
+        if (height or last[0], width or last[1]) != last:
+            raise InputError(f"FreeScale ends with {last[1]}x{last[0]}, so leave height and width at None")
         if len(freescale.resolutions) == 1 and init is not None:
             raise InputError("init takes the place of FreeScale's first stage: give a second, larger resolution")
         if freescale.native is None:
@@ -257,20 +258,6 @@ def not_finite(what: str, dtype: torch.dtype) -> str:
 def tile_side(tile: int | None, latents: Tensor) -> int | None:
     """The VAE's `tile` argument: as asked (0: none), or by the latents' size."""
     return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
-
-
-def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
-    """tokenizer.json, checked against the text encoder's vocabulary."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; convert the model again")
-    try:
-        tokenizer = Tokenizer(path)
-    except Exception as error:                                         # the tokenizers library raises nothing narrower
-        raise InputError(f"{path} is not a CLIP tokenizer ({error}); convert the model again") from None
-    if tokenizer.end >= config.text_encoder.vocab:
-        raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows "
-                         f"{config.text_encoder.vocab}; convert the model again with the tokenizer that belongs to it")
-    return tokenizer
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
@@ -351,7 +338,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
                                      formatter_class=HelpFormatter)
     parser.add_argument("prompt", nargs="?", help="what the picture should show")
@@ -416,11 +403,11 @@ def parse_arguments() -> argparse.Namespace:
                        help="of the steps that later stages skip")
     group.add_argument("--freescale-dilate", type=float, default=0.7, metavar="PART",
                        help="of the steps up to which deep convolutions are dilated")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.freescale_official:                                        # as defaults: flags that are given still count
         parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
                             freescale_blur="official", freescale=None if args.resolutions else 4)
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
     return check_arguments(args)
 
 
@@ -583,6 +570,22 @@ def read_mask(path: Path) -> Tensor:
         raise InputError(f"can't read the mask {path} ({error})") from None
 
 
+def sample_settings(args: argparse.Namespace, config: ModelConfig,
+                    size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The flags as arguments of `StableDiffusion.sample`, all but prompts, seeds and starting picture.
+
+    size: height and width of the starting picture, None without one.
+    """
+    height, width = size or (config.size if side is None else side for side in (args.height, args.width))
+    freescale = read_freescale(args, height, width)
+    if freescale is not None:
+        height, width = freescale.resolutions[-1]
+    return {"negative_prompt": args.negative_prompt, "steps": args.steps, "sampler": args.sampler,
+            "cfg_scale": args.cfg_scale, "height": height, "width": width, "eta": args.eta, "spacing": args.spacing,
+            "freeu": read_freeu(args, config.family), "cache": read_cache(args), "freescale": freescale,
+            "strength": args.strength, "tile": args.vae_tile}
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts in order, each as often as --n says."""
     prompts = [args.prompt]
@@ -670,17 +673,12 @@ def main() -> None:
     prompts = read_prompts(args)
     init_image = read_image(args) if args.init_image else None
     config = read_config(args.model)
-    freeu, cache = read_freeu(args, config.family), read_cache(args)
-    if init_image is not None:
-        height, width = init_image.shape[-2:]
-    else:
-        height, width = (config.size if side is None else side for side in (args.height, args.width))
-    freescale = read_freescale(args, height, width)
+    settings = sample_settings(args, config, None if init_image is None else init_image.shape[-2:])
+    freescale = settings["freescale"]
     stages = 1 if freescale is None else len(freescale.resolutions)
-    if freescale is not None:
-        height, width = freescale.resolutions[-1]
     paths = picture_paths(args, len(prompts))
-    parameters = [parameters_text(args, prompt, args.seed + k, height, width) for k, prompt in enumerate(prompts)]
+    parameters = [parameters_text(args, prompt, args.seed + k, settings["height"], settings["width"])
+                  for k, prompt in enumerate(prompts)]
 
     # Under torchrun each process takes every world-th picture; nothing is exchanged: a picture depends on its seed only
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -689,14 +687,15 @@ def main() -> None:
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         if freescale is not None:
-            check_memory(args, config, freescale, freeu, min(args.batch_size, len(todo)), torch.device(device))
+            check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
+                         torch.device(device))
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory)
         read_cache(args, sd.unet)
-        if cache is not None:
+        if settings["cache"] is not None:
             first = [0 if init_image is None else args.steps - int(args.steps * args.strength)]
             if freescale is not None:
                 first = [0] * (init_image is None) + [freescale.first_step(args.steps)] * (stages - 1)
-            counts = [cache.start(args.steps, i, sd.unet).units_run(i) for i in first]
+            counts = [settings["cache"].start(args.steps, i, sd.unet).units_run(i) for i in first]
             run, every = (sum(numbers) for numbers in zip(*counts))
             print(f"{args.cache}: {run} of {every} units of the U-Net run per picture", file=sys.stderr)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
@@ -706,11 +705,7 @@ def main() -> None:
         with tqdm(total=stages * args.steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step",
                   leave=False, disable=rank > 0) as bar:
             latents = sd.sample(
-                [prompts[k] for k in batch], args.negative_prompt, steps=args.steps, sampler=args.sampler,
-                cfg_scale=args.cfg_scale, seed=[args.seed + k for k in batch], eta=args.eta,
-                height=height if freescale is None else None, width=width if freescale is None else None,
-                spacing=args.spacing, freeu=freeu, cache=cache, freescale=freescale, init=init,
-                strength=args.strength, tile=args.vae_tile,
+                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init, **settings,
                 callback=lambda i, _: bar.update(i + 1 - bar.n))  # noqa: B023
             images = sd.decode(latents, args.vae_tile)
         seconds = (time.time() - started) / len(batch)

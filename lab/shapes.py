@@ -9,15 +9,19 @@ Coordinates: x and y are fractions of width and height, y points down; radii are
 side, so that one scene can be drawn at any size and aspect ratio.
 
     python -m lab.shapes show --out sheet.png     # a contact sheet with captions
-    python -m lab.shapes check --n 500            # how many ground truths the scorer reads right
+    python -m lab.shapes check --n 1000           # how many ground truths the scorer reads right
+    python -m lab.shapes bench                    # writes lab/bench.jsonl again
 """
 
 import argparse
+import json
 import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +111,7 @@ def dense_scene(rng: np.random.Generator) -> Scene:
             return Scene(things, background)
 
 
-def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
+def _pick(rng: np.random.Generator, options: Iterable) -> Any:
     options = tuple(options)
     return options[int(rng.integers(len(options)))]
 
@@ -131,9 +135,14 @@ SIZES = ("small", "large")
 PLACES = ("in the centre", "on the left", "on the right", "at the top", "at the bottom")
 RELATIONS = ("left of", "right of", "above", "below")
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
+# Other words for the same: the plain sentence that `phrase` makes first, and what may stand in its place.
+SYNONYMS = {"and": ("with", "next to"), "left of": ("to the left of",), "right of": ("to the right of",),
+            "above": ("over",), "below": ("under",), "on the left": ("on the left side",),
+            "on the right": ("on the right side",), "in the centre": ("in the middle",), "on a": ("against a",)}
+PREFIX = "a picture of "
 VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys(" ".join(
-    ["a an and", *COUNTS.values(), *SIZES, *COLORS, *SHAPES, *PLURALS.values(), *RELATIONS, *PLACES,
-     *BACKGROUNDS, "background"]).split()))
+    ["a an", *COUNTS.values(), *SIZES, *COLORS, *SHAPES, *PLURALS.values(), *RELATIONS, *PLACES,
+     *BACKGROUNDS, "background", PREFIX, *SYNONYMS, *(word for words in SYNONYMS.values() for word in words)]).split()))
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ class Request:
 
 def caption(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> str:
     """One of many true captions; with a `kind`, the one that GenEval would ask in that category ("a circle")."""
-    return phrase(describe(scene, rng, kind))
+    return phrase(describe(scene, rng, kind), rng if kind is None else None)
 
 
 def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Request:
@@ -164,18 +173,22 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) ->
     things, n = scene.things, len(scene.things)
     says = lambda p: kind is None and rng.random() < p
     color = says(0.82) or kind in ("colors", "color_attr")
-    background = scene.background if says(0.15) else None
+    background = scene.background if says(0.2) else None
     ask = lambda t, **more: Ask(t.shape, t.color if color else None, **more)
+    place = lambda t: next((p for p in PLACES if is_at(t, p, clearly=True)), None)
     if n == 1:
         sizes = [s for s in SIZES if has_size(things[0], s, clearly=True) and says(0.25)]
-        places = [p for p in PLACES if is_at(things[0], p, clearly=True) and background is None and says(0.25)]
-        return Request((ask(things[0], size=(sizes or [None])[0], place=(places or [None])[0]),), None, background)
+        where = place(things[0]) if says(0.6) else None
+        return Request((ask(things[0], size=(sizes or [None])[0], place=where),), None, background)
     if n <= 4 and len({(t.shape, t.color) for t in things}) == 1:
         return Request((ask(things[0], count=n),), None, background)
     if n == 2:
         a, b = things if rng.random() < 0.5 else things[::-1]
-        relation = clear_relation(a, b) if says(0.5) or kind == "position" else None
-        return Request((ask(a), ask(b)), relation, background)
+        relation = clear_relation(a, b) if says(0.65) or kind == "position" else None
+        # saying where each of them is leads a model to sides more easily than the relation alone
+        places = [place(t) if relation is None and says(0.8) else None for t in (a, b)]
+        return Request(tuple(ask(t, place=p if (t.shape, p) not in HELD_OUT_PLACES else None)
+                             for t, p in zip((a, b), places)), relation, background)
     raise ValueError(f"the grammar has no sentence for {n} different objects")
 
 
@@ -205,14 +218,78 @@ def clear_relation(a: Thing, b: Thing) -> str | None:
     return None
 
 
-def phrase(request: Request) -> str:
-    """The caption of a request; `parse` undoes it."""
+def phrase(request: Request, rng: np.random.Generator | None = None) -> str:
+    """The caption of a request, in its plain words or, with a generator, in any of its words; `parse` undoes it."""
     def noun(ask: Ask) -> str:
         words = [ask.size, ask.color, ask.shape if ask.count == 1 else PLURALS[ask.shape], ask.place]
         rest = " ".join(w for w in words if w)
         return f"{COUNTS.get(ask.count, 'an' if rest.startswith('orange') else 'a')} {rest}"
     text = f" {request.relation or 'and'} ".join(map(noun, request.asks))
-    return text if request.background is None else f"{text} on a {request.background} background"
+    text = text if request.background is None else f"{text} on a {request.background} background"
+    if rng is not None:
+        for plain, others in SYNONYMS.items():
+            if f" {plain}" in text and rng.random() < 0.4:
+                text = text.replace(f" {plain}", f" {_pick(rng, others)}")
+        text = PREFIX * (rng.random() < 0.2) + text
+    return text
+
+
+def _plain(text: str) -> str:
+    """A caption in its plain words."""
+    for plain, others in SYNONYMS.items():
+        text = re.sub(rf"\b({'|'.join(others)})\b", plain, text)
+    return text.removeprefix(PREFIX)
+
+
+def alter(request: Request, rng: np.random.Generator) -> Request:
+    """The request with one thing changed: a colour, shape, number, size, place, side, background, or colours swapped.
+
+    Mostly untrue of a scene that the request is true of (`verdict` knows): a hard negative for contrastive training.
+    """
+    asks, k = list(request.asks), int(rng.integers(len(request.asks)))
+    other = lambda options, not_these: _pick(rng, [o for o in options if o not in not_these])
+    ways = ["shape"] + [name for name in ("color", "size", "place") if getattr(asks[k], name)]
+    ways += ["count"] * (asks[k].count > 1) + ["background"] * (request.background is not None)
+    ways += ["relation", "relation"] * (request.relation is not None)
+    ways += ["swap", "swap"] * (len({ask.color for ask in asks}) == 2)
+    way = _pick(rng, ways)
+    if way == "swap":
+        asks = [replace(asks[0], color=asks[1].color), replace(asks[1], color=asks[0].color)]
+    elif way == "relation":
+        return replace(request, relation=other(RELATIONS, [request.relation]))
+    elif way == "background":
+        return replace(request, background=other(BACKGROUNDS, [request.background]))
+    else:
+        options = {"shape": SHAPES, "color": COLORS, "size": SIZES, "place": PLACES, "count": COUNTS}[way]
+        taken = [ask.shape for ask in asks] if way == "shape" else [getattr(asks[k], way)]
+        asks[k] = replace(asks[k], **{way: other(options, taken)})
+    return replace(request, asks=tuple(asks))
+
+
+def hard_captions(scene: Scene, n: int, rng: np.random.Generator) -> list[str]:
+    """The true caption that says most of a scene, then n - 1 false ones with the same shapes and other attributes."""
+    a, b = scene.things[0], scene.things[-1]
+    said = [next((s for s in SIZES if has_size(a, s, clearly=True)), None),
+            next((p for p in PLACES if is_at(a, p, clearly=True)), None)] if len(scene.things) == 1 else [None, None]
+    one = Ask(a.shape, a.color, 1 if a.shape != b.shape else len(scene.things), *said)
+    pair = a.shape != b.shape
+    truth = Request((one, Ask(b.shape, b.color)) if pair else (one,), clear_relation(a, b) if pair else None,
+                    scene.background)
+    captions = [phrase(truth)]
+    while len(captions) < n:
+        draw_new = lambda old, options: _pick(rng, options) if rng.random() < 0.4 else old
+        asks = [replace(ask, color=draw_new(ask.color, COLORS)) for ask in truth.asks]
+        if pair and rng.random() < 0.3:
+            asks = [replace(asks[0], color=asks[1].color), replace(asks[1], color=asks[0].color)]
+        if not pair and len(scene.things) > 1:
+            asks = [replace(asks[0], count=draw_new(one.count, COUNTS))]
+        if len(scene.things) == 1:
+            asks = [replace(asks[0], size=draw_new(one.size, SIZES), place=draw_new(one.place, PLACES))]
+        relation = draw_new(truth.relation, RELATIONS) if pair else None
+        other = Request(tuple(asks), relation, draw_new(truth.background, BACKGROUNDS))
+        if phrase(other) not in captions and not is_true(other, scene):
+            captions.append(phrase(other))
+    return captions
 
 
 def _one_of(words: Iterable[str]) -> str:
@@ -229,6 +306,7 @@ def parse(text: str) -> Request:
     """The request a caption makes. ValueError names the words it does not know, or the reading that failed."""
     if unknown := [w for w in text.split() if w not in VOCABULARY]:
         raise ValueError(f"unknown words {', '.join(map(repr, unknown))}; known are {' '.join(VOCABULARY)}")
+    text = _plain(text)
     if (match := _CAPTION.fullmatch(text)) is None:
         raise ValueError(f"cannot read {text!r}; captions look like 'a red circle left of a blue square'")
     *nouns, background = match.groups()
@@ -290,6 +368,9 @@ _GRID = (np.arange(480) - 239.5) / 200      # pixels of 1/200 radius: areas by c
 AREAS = {s: float((distance(s, _GRID[None, :], _GRID[:, None]) < 0).sum() / 200 ** 2) for s in SHAPES}
 
 
+CLEAR_OVERLAP = 0.8                         # a region that is less like its best shape may be two that touch
+
+
 def _border_color(image: np.ndarray) -> np.ndarray:
     return np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
 
@@ -325,11 +406,50 @@ def _components(classes: np.ndarray) -> np.ndarray:
             return names
 
 
+def _fit(mask: np.ndarray) -> tuple[float, str, float, float, float]:
+    """The shape that a region (h, w) bool is most like: intersection over union, shape, centre x, y, radius (pixels).
+
+    Each is tried at the region's own area and centre; what sticks out far counts more than a wobbly edge.
+    """
+    ys, xs = np.nonzero(mask)
+    x, y, fits = float(xs.mean()), float(ys.mean()), []
+    for shape in SHAPES:
+        r = float(np.sqrt(len(xs) / AREAS[shape]))
+        outside = r * np.maximum(distance(shape, (xs - x) / r, (ys - y) / r), 0)
+        inside = float((outside == 0).mean())                           # the areas being equal
+        fits.append((float((outside ** 2).mean()), inside / (2 - inside), shape, r))
+    _, overlap, shape, r = min(fits)
+    return overlap, shape, x, y, r
+
+
+def _split(mask: np.ndarray, smallest: float) -> list[np.ndarray]:
+    """The parts of a region that touch each other: worn away from its edge until it falls apart, then every pixel goes
+    to the part that is nearest. [mask] if it never falls into parts of at least a third of `smallest` pixels."""
+    core = mask
+    while core.any():
+        names, areas = np.unique(regions := _components(core.astype(int)), return_counts=True)
+        seeds = [regions == name for name, area in zip(names, areas)
+                 if core.reshape(-1)[name] and area >= smallest / 3]
+        if len(seeds) > 1:
+            ys, xs = np.nonzero(mask)
+            gaps = []
+            for seed in seeds:
+                sy, sx = np.nonzero(seed)
+                gaps.append(((ys[:, None] - sy) ** 2 + (xs[:, None] - sx) ** 2).min(axis=1))
+            parts = np.zeros((len(seeds), *mask.shape), bool)
+            parts[np.argmin(gaps, axis=0), ys, xs] = True
+            return list(parts)
+        p = np.pad(core, 1)
+        core = core & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    return [mask]
+
+
 def read(image: np.ndarray, min_area: float = 0.006, min_overlap: float = 0.5) -> list[Thing]:
     """The objects in a picture (H, W, 3) of values 0..255, the largest first.
 
     A region smaller than `min_area` (of the short side squared) is a speck; one that overlaps its best shape by
-    less than `min_overlap` (intersection over union) is no object of this world.
+    less than `min_overlap` (intersection over union) is no object of this world. Objects of one colour that touch are
+    told apart if their parts are more like shapes than the whole is.
     """
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected an image of shape (H, W, 3) with values 0..255, not {image.shape}")
@@ -339,22 +459,21 @@ def read(image: np.ndarray, min_area: float = 0.006, min_overlap: float = 0.5) -
     small = image[:h * f, :w * f].astype(np.float32).reshape(h, f, w, f, 3).mean((1, 3))
     classes = _classes(small)
     names, areas = np.unique(regions := _components(classes), return_counts=True)
-    side = min(h, w)
+    smallest = min_area * min(h, w) ** 2
     found: list[tuple[int, Thing]] = []
     for name, area in zip(names, areas):
         color = classes.reshape(-1)[name]
-        if color == 0 or area < min_area * side ** 2:
+        if color == 0 or area < smallest:
             continue
-        ys, xs = np.nonzero(regions == name)
-        x, y = float(xs.mean()), float(ys.mean())
-        fits = []
-        for shape in SHAPES:        # at the region's own area; what sticks out far counts more than a wobbly edge
-            r = float(np.sqrt(area / AREAS[shape]))
-            outside = r * np.maximum(distance(shape, (xs - x) / r, (ys - y) / r), 0)
-            fits.append((float((outside ** 2).mean()), shape, r, float((outside == 0).mean())))
-        _, shape, r, inside = min(fits)
-        if inside / (2 - inside) >= min_overlap:          # intersection over union, the areas being equal
-            found.append((area, Thing(shape, list(COLORS)[color - 1], (x + 0.5) / w, (y + 0.5) / h, r / side)))
+        region = regions == name
+        fits = [(region.sum(), *_fit(region))]
+        if fits[0][1] < CLEAR_OVERLAP:
+            parts = [(part.sum(), *_fit(part)) for part in _split(region, smallest)]
+            if min(part[1] for part in parts) > max(fits[0][1], min_overlap):
+                fits = parts
+        for size, overlap, shape, x, y, r in fits:
+            if size >= smallest and overlap >= min_overlap:
+                found.append((size, Thing(shape, list(COLORS)[color - 1], (x + 0.5) / w, (y + 0.5) / h, r / min(h, w))))
     return [thing for _, thing in sorted(found, key=lambda pair: -pair[0])]
 
 
@@ -396,23 +515,35 @@ def judge(image: np.ndarray, request: Request | str, strict: bool = False) -> Ve
     `strict` also wants the sizes, places and background that the caption names, and not one object more.
     """
     request = parse(request) if isinstance(request, str) else request
+    return verdict(read(image), read_background(image), request, *image.shape[:2], strict)
+
+
+def verdict(things: list[Thing] | tuple[Thing, ...], background: str, request: Request, height: int, width: int,
+            strict: bool = False) -> Verdict:
+    """`judge` for objects that are known already, in the order in which a detector is sure of them."""
     if len({ask.shape for ask in request.asks}) < len(request.asks):
         raise ValueError(f"GenEval's rules cannot tell two objects of one shape apart: {phrase(request)!r}")
-    things = read(image)
     groups = [[t for t in things if t.shape == ask.shape] for ask in request.asks]
     tops = [group[:ask.count] for group, ask in zip(groups, request.asks)]
     counts = [len(g) == a.count if a.count > 1 else len(g) >= 1 for g, a in zip(groups, request.asks)]
     bound = all(t.color == a.color for top, a in zip(tops, request.asks) for t in top if a.color)
     relation = request.relation is None or (all(tops) and all(
-        request.relation in relations(a, b, *image.shape[:2]) for a in tops[0] for b in tops[1]))
+        request.relation in relations(a, b, height, width) for a in tops[0] for b in tops[1]))
     ok = all(counts) and bound and relation
     if strict:
         ok = (ok and len(things) == sum(ask.count for ask in request.asks)
               and all((a.size is None or has_size(t, a.size)) and (a.place is None or is_at(t, a.place))
                       for top, a in zip(tops, request.asks) for t in top)
-              and request.background in (None, read_background(image)))
+              and request.background in (None, background))
     return Verdict(ok, shape=all(groups), count=all(counts), relation=relation,
                    color=all(any(a.color in (None, t.color) for t in things) for a in request.asks))
+
+
+def is_true(request: Request, scene: Scene) -> bool:
+    """Whether a square drawing of the scene would be right for the request, strictly."""
+    if sorted(t.shape for t in scene.things) != sorted(ask.shape for ask in request.asks for _ in range(ask.count)):
+        return False                                  # nearly always, and much faster
+    return verdict(scene.things, scene.background, request, 64, 64, strict=True).ok
 
 
 def read_background(image: np.ndarray) -> str:
@@ -426,6 +557,51 @@ def same_things(found: list[Thing], truth: tuple[Thing, ...], tolerance: float =
     near = [[f for f in found if (f.shape, f.color) == (t.shape, t.color)
              and max(abs(f.x - t.x), abs(f.y - t.y), abs(f.r - t.r)) < tolerance] for t in truth]
     return len(found) == len(truth) and all(len(n) == 1 for n in near)
+
+
+# ----------------------------------------------------------------------------------------------------- benchmark
+
+BENCH_SIZES = {"single": 80, "two": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}   # GenEval's
+
+
+def asks_held_out(request: Request) -> bool:
+    """Whether a request names a look, place, number or pair that split "train" never shows."""
+    names = tuple(sorted(ask.shape for ask in request.asks))
+    return names in HELD_OUT_PAIRS or any(
+        (ask.shape, ask.color) in HELD_OUT_LOOKS or (ask.shape, ask.place) in HELD_OUT_PLACES
+        or (ask.shape, ask.count) in HELD_OUT_COUNTS for ask in request.asks)
+
+
+def all_requests(kind: str) -> list[Request]:
+    """Everything that one of GenEval's categories can ask in this world.
+
+    GenEval's rule for a single object is its presence; the place is named to have more than six sentences.
+    """
+    looks = [Ask(s, c) for s in SHAPES for c in COLORS]
+    if kind == "single":
+        return [Request((Ask(s, place=p),)) for s in SHAPES for p in PLACES]
+    if kind == "counting":
+        return [Request((Ask(s, count=n),)) for s in SHAPES for n in COUNTS]
+    if kind == "colors":
+        return [Request((look,)) for look in looks]
+    if kind in ("two", "position"):
+        return [Request((Ask(a), Ask(b)), relation) for a, b in permutations(SHAPES, 2)
+                for relation in (RELATIONS if kind == "position" else (None,))]
+    return [Request((a, b)) for a, b in permutations(looks, 2) if a.shape != b.shape and a.color != b.color]
+
+
+def make_bench(seed: int = 553) -> list[dict]:
+    """The rows of `lab/bench.jsonl`: {"kind", "seen", "prompt"}, half of each kind held out of training.
+
+    Where a category has fewer sentences than rows, sentences come again (with other noise, when sampled).
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for kind, size in BENCH_SIZES.items():
+        for seen, n in ((True, (size + 1) // 2), (False, size // 2)):
+            requests = [request for request in all_requests(kind) if asks_held_out(request) != seen]
+            order = np.concatenate([rng.permutation(len(requests)) for _ in range(-(-n // len(requests)))])
+            rows += [{"kind": kind, "seen": seen, "prompt": phrase(requests[i], rng)} for i in order[:n]]
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -461,9 +637,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("show", help="draw a contact sheet").add_argument("--out", default="sheet.png")
     commands.add_parser("check", help="read ground truths back").add_argument("--n", type=int, default=500)
+    commands.add_parser("bench", help="write the benchmark's prompts").add_argument("--out", default="lab/bench.jsonl")
     args = parser.parse_args()
     if args.command == "show":
         show(args.out)
+    elif args.command == "bench":
+        Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in make_bench()), encoding="utf-8")
     else:
         check(args.n)
 

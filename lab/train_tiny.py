@@ -1,7 +1,7 @@
-"""Trains the embedded model `models/tiny` on the world of `lab/shapes.py`: first the autoencoder, then text and U-Net.
+"""Trains the embedded model `models/tiny` on the world of `lab/shapes.py`: autoencoder, then CLIP, then U-Net.
 
-Start at `main`; `train_vae` and `train_unet` are two plain loops around the very classes of the top level. Both stages
-keep a checkpoint in the work folder and resume from it. On CPU, one process a core is by far the fastest:
+Start at `main`; `train_vae`, `train_clip` and `train_unet` are plain loops around the very classes of the top level.
+Each stage keeps a checkpoint in the work folder and resumes from it. On CPU, one process a core is by far the fastest:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lab.train_tiny --out models/tiny
 
@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,45 +28,42 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import clip_image
 import clip_text
+from clip_image import ImageEncoder
 from clip_text import TextEncoder
 from folder import ModelConfig, open_safetensors, replacing, run_command, write_config
 from lab import shapes
+from lab.evaluate import evaluate
+from reward import ClipReward
 from sampler import NoiseSchedule
+from txt2img import StableDiffusion
 from unet import CONFIGS, UNet
 from vae import VAE, VAEConfig
 
 SIZE = 64                                                              # native pixels
 VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)   # 64 px -> 16x16 latents
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
+CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), clip_image.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
-
-
-class TextToNoise(nn.Module):
-    """Text encoder and U-Net, trained together. (B, 4, h, w), times (B,), ids (B, L) -> predicted noise (B, 4, h, w)"""
-
-    def __init__(self):
-        super().__init__()
-        self.text, self.unet = TextEncoder(TEXT_CONFIG), UNet(UNET_CONFIG)
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(ids)[0])
+MODEL_CONFIG = ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
+                           vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
 
 
 class Run:
-    """A training run: model, optimiser, averaged weights, progress and loss curve; knows how to save and resume."""
+    """A training run: model, optimiser, averaged weights, progress, loss and score; knows how to save and resume."""
 
     def __init__(self, model: nn.Module, path: Path, device: torch.device):
         self.model, self.path = model.to(device), path
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {name: p.detach().clone() for name, p in model.state_dict().items()}
-        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.step, self.seconds, self.curve, self.scores = 0, 0.0, [], []
         if path.exists():
             state = torch.load(path, map_location=device, weights_only=True)
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.curve = state["average"], state["curve"]
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step, self.seconds, self.scores = state["step"], state["seconds"], state["scores"]
 
     def update(self, loss: Tensor, lr: float) -> None:
         """One optimiser step, and the exponential moving average whose memory grows to the last 2,000 steps."""
@@ -85,7 +83,7 @@ class Run:
             with replacing(self.path) as path:
                 torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                             "average": self.average, "step": self.step, "seconds": self.seconds,
-                            "curve": self.curve}, path)
+                            "curve": self.curve, "scores": self.scores}, path)
 
 
 def rank() -> int:
@@ -121,8 +119,8 @@ def train(run: Run, steps: int, peak_lr: float, save_every: int, loss_of: Callab
             bar.set_postfix(loss=f"{run.curve[-1][1]:.4f}")
             recent.clear()
         if run.step % save_every == 0 or run.step == steps:
-            run.save()
             on_save()
+            run.save()
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: autoencoder
@@ -141,7 +139,7 @@ class Reconstruct(nn.Module):
         return self.vae.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
 
-def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.device) -> VAE:
+def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.device) -> tuple[VAE, Run]:
     """Reconstruct crops of crowded scenes, then, for the last quarter, whole pictures of the world.
 
     Crops have many edges, which a loss over plain background doesn't see. Loss: L1 + L2 + L1 of the gradients / 2 + KL.
@@ -176,7 +174,7 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.devic
     train(run, steps, 2e-3, 500, loss_of, "autoencoder")
     model.load_state_dict(run.average)
     standardize(model.vae, device)
-    return model.vae.eval().requires_grad_(False)
+    return model.vae.eval().requires_grad_(False), run
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -203,7 +201,7 @@ def standardize(vae: VAE, device: torch.device) -> None:
     post.weight *= std[None, :, None, None]
 
 
-# ----------------------------------------------------------------------------------------------- stage 2: text + U-Net
+# ----------------------------------------------------------------------------------------------------- stage 2: CLIP
 
 def make_tokenizer() -> Tokenizer:
     """Whole words of the world's vocabulary. The end token has the largest id, as in CLIP; padding is 0."""
@@ -212,6 +210,92 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+class TextImage(nn.Module):
+    """CLIP. Pictures (B, 3, H, W), ids (B (1 + K), L) -> unit vectors (B, P), (B (1 + K), P), factor on cosines"""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.image = TextEncoder(CLIP_CONFIGS[0]), ImageEncoder(CLIP_CONFIGS[1])
+        self.logit_scale = nn.Parameter(torch.tensor(np.log(10.0), dtype=torch.float32))
+        places = self.image.vision_model.embeddings.position_embedding
+        for embedding in (*self.text.text_model.embeddings.children(), places):
+            nn.init.normal_(embedding.weight, std=0.02 if embedding is not places else 0.1)
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (F.normalize(self.image(images), dim=-1), F.normalize(self.text(ids)[1], dim=-1),
+                self.logit_scale.exp().clamp(max=100))
+
+
+def hard_negatives(scene: shapes.Scene, request: shapes.Request, n: int, rng: np.random.Generator) -> list[str]:
+    """n captions that differ from a true one in one thing and are false.
+
+    None names what is held out: a combination that is always false would be learned as such.
+    """
+    found = []
+    while len(found) < n:
+        other = shapes.alter(request, rng)
+        if not shapes.asks_held_out(other) and not shapes.is_true(other, scene):
+            found.append(shapes.phrase(other, rng))
+    return found
+
+
+def train_clip(scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int,
+               seed: int, device: torch.device, negatives: int = 3) -> tuple[ClipReward, Run]:
+    """Contrastive: a picture's own caption against the other captions of the batch and against nearly true ones.
+
+    Every process contrasts its own batch. Captions that happen to be true of another picture don't count against it.
+    """
+    with torch.random.fork_rng():
+        torch.random.manual_seed(seed)                                 # initial weights
+        model = TextImage()
+    run = Run(model, work / "clip.pt", device)
+    parallel = distributed(model)
+
+    @cache
+    def picture(k: int) -> np.ndarray:
+        return shapes.draw(scenes[k], SIZE, SIZE)
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, 3, rank(), step])
+        rows = [int(k) for k in rng.integers(len(scenes), size=batch)]
+        requests = [shapes.describe(scenes[k], rng) for k in rows]
+        texts = [shapes.phrase(request, rng) for request in requests]
+        for k, request in zip(rows, requests):
+            texts += hard_negatives(scenes[k], request, negatives, rng)
+        also = torch.tensor([[i != j and shapes.is_true(requests[j], scenes[rows[i]]) for j in range(batch)]
+                             for i in range(batch)], device=device)
+        images = to_tensor(np.stack([picture(k) for k in rows])) / 2 + 0.5
+        ids, _ = tokenizer(texts, TEXT_CONFIG.length, TEXT_CONFIG.pad)
+        image, text, scale = parallel(images.to(device), ids.to(device))
+        among = (scale * image @ text[:batch].T).masked_fill(also, -torch.inf)                      # (B, B)
+        hard = scale * torch.einsum("bp,bkp->bk", image, text[batch:].unflatten(0, (batch, -1)))    # (B, K)
+        own = torch.arange(batch, device=device)
+        return (F.cross_entropy(torch.cat([among, hard], dim=1), own) + F.cross_entropy(among.T, own)) / 2
+
+    train(run, steps, 1e-3, 500, loss_of, "CLIP")
+    model.load_state_dict(run.average)
+    model.eval().requires_grad_(False)
+    return ClipReward(model.image, model.text, tokenizer), run
+
+
+# ------------------------------------------------------------------------------------------------------ stage 3: U-Net
+
+class TextToNoise(nn.Module):
+    """Text encoder and U-Net, trained together. (B, 4, h, w), times (B,), ids (B, L) -> predicted noise (B, 4, h, w)"""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.unet = TextEncoder(TEXT_CONFIG), UNet(UNET_CONFIG)
+        for embedding in self.text.text_model.embeddings.children():
+            nn.init.normal_(embedding.weight, std=0.02)
+        for name, p in self.unet.named_parameters():                   # every block begins as the identity
+            if any(part in name for part in ("conv2.", "proj_out.", "conv_out.")):
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x, t, self.text(ids)[0])
 
 
 def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -236,61 +320,73 @@ def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torc
     return tuple(latents)
 
 
-def train_unet(vae: VAE, work: Path, out: Path, steps: int, batch: int, scene_count: int, seed: int,
-               device: torch.device) -> None:
-    """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance."""
-    schedule = NoiseSchedule()
-    scenes_rng = np.random.default_rng([seed, 2, rank()])
-    scenes = [shapes.random_scene(scenes_rng, split="train") for _ in range(scene_count)]
-    mean, std = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
-    tokenizer_path = work / f"tokenizer-{rank()}.json"
-    make_tokenizer().save(str(tokenizer_path))
-    tokenizer = clip_text.Tokenizer(tokenizer_path)
+def train_unet(vae: VAE, scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int,
+               seed: int, device: torch.device, finish: Callable[[TextToNoise, Run], None]) -> None:
+    """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance.
 
+    The text encoder is trained with it, not taken from CLIP. finish(averaged weights, run): at each checkpoint.
+    """
+    mean, std = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
         model = TextToNoise()
-        initialize(model)
     run = Run(model, work / "unet.pt", device)
     parallel = distributed(model)
-    rng = np.random.default_rng([seed, 3, rank(), run.step])
-    alphas = schedule.alphas().to(device)
+    alphas = NoiseSchedule().alphas().to(device)
 
     def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, 4, rank(), step])
         rows = rng.integers(len(scenes), size=batch)
         captions = ["" if rng.random() < 0.1 else shapes.caption(scenes[r], rng) for r in rows]
         ids, _ = tokenizer(captions, TEXT_CONFIG.length, TEXT_CONFIG.pad)
         z, eps = torch.from_numpy(rng.standard_normal((2, batch, *mean.shape[1:]), np.float32)).to(device)
         x0 = mean[rows].float().to(device) + std[rows].float().to(device) * z
-        # shape and place are decided at high noise, so high times are drawn a little more often than low ones
+        # Shape and place are decided at high noise, where the error in the noise says little of that in the picture:
+        # such times are drawn a little more often, and weigh up to five times as much.
         t = torch.from_numpy((1000 * rng.random(batch) ** 0.7).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
-        return F.mse_loss(parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, ids.to(device)), eps)
+        error = parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, ids.to(device)) - eps
+        return (error.square() * (1 / a).clamp(max=5)).mean()
 
-    def finish() -> None:
+    def average() -> None:
         if rank() == 0:
-            average = TextToNoise().to(device)
-            average.load_state_dict(run.average)
-            facts = {"steps": run.step, "samples": run.step * batch * world(), "minutes": run.seconds / 60,
-                     "processes": world(), "device": device.type, "seed": seed, "loss": run.curve}
-            write_folder(out, vae, average, facts)
+            averaged = TextToNoise().to(device)
+            averaged.load_state_dict(run.average)
+            finish(averaged.eval().requires_grad_(False), run)
 
-    train(run, steps, 1e-3, 1000, loss_of, "text + U-Net", finish)
+    train(run, steps, 1e-3, 1000, loss_of, "U-Net", average)
 
 
-def initialize(model: TextToNoise) -> None:
-    """The last layer of each ResBlock and SpatialTransformer, and of the U-Net, begins at zero; embeddings small."""
-    for name, p in model.unet.named_parameters():
-        if any(part in name for part in ("conv2.", "proj_out.", "conv_out.")):
-            nn.init.zeros_(p)
-    embeddings = model.text.text_model.embeddings
-    nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
-    nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
+def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
+    """Shares of right pictures of a few prompts of each kind and half, other prompts than the benchmark's."""
+    rows = [row for kind in shapes.KINDS for seen in (True, False)
+            for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
+    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=48, seed=1_000_000, steps=20, cfg_scale=5.0)
+    share = lambda **of: float(np.mean([v.ok for v, row in zip(verdicts, rows) if of.items() <= row.items()]))
+    return {"overall": share(), "seen": share(seen=True), "unseen": share(seen=False),
+            **{kind: share(kind=kind) for kind in shapes.KINDS}}
 
 
-def write_folder(out: Path, vae: VAE, model: TextToNoise, facts: dict) -> None:
-    """The model folder that `txt2img.py` loads, in float16, and how it was trained."""
-    out.mkdir(parents=True, exist_ok=True)
+def draw_curve(facts: dict, path: Path) -> None:
+    """The score against the samples seen, of a training.json."""
+    import matplotlib  # a development requirement
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in facts["scores"][0][1]:
+        width = {"overall": 2.5, "seen": 1.5, "unseen": 1.5}.get(name, 0.8)
+        axis.plot([n / 1000 for n, _ in facts["scores"]], [shares[name] for _, shares in facts["scores"]], "o-",
+                  label=name, linewidth=width, markersize=width + 1)
+    axis.set(xlabel="thousand samples", ylabel="share of right pictures", ylim=(0, 1))
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, ncols=2)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToNoise, facts: dict) -> None:
+    """The model folder that `txt2img.py` loads, in float16, and how it was trained; in it, CLIP's own folder."""
+    clip.save(out / "clip")
     for name, module in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet)):
         with replacing(out / f"{name}.safetensors") as path:
             save_file({key: p.half().contiguous().cpu() for key, p in module.state_dict().items()}, path)
@@ -298,8 +394,7 @@ def write_folder(out: Path, vae: VAE, model: TextToNoise, facts: dict) -> None:
         make_tokenizer().save(str(path))
     with replacing(out / "training.json") as path:
         path.write_text(json.dumps(facts) + "\n")
-    write_config(out, ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(),
-                                  unet=UNET_CONFIG, vae=VAE_CONFIG, text_encoder=TEXT_CONFIG))
+    write_config(out, MODEL_CONFIG)
 
 
 def main() -> None:
@@ -307,12 +402,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="model folder to write (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")
-    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps of stage 2 (%(default)s)")
+    parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
+    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps of stage 3 (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
+    parser.add_argument("--score-n", type=int, default=8, help="prompts judged, per kind and half, at each checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--curve", type=Path, metavar="PNG", help="instead: draw the score of OUT against samples")
     args = parser.parse_args()
+    if args.curve:
+        return draw_curve(json.loads((args.out / "training.json").read_text()), args.curve)
     device = torch.device(args.device)
     if "RANK" in os.environ:                                           # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -321,8 +421,26 @@ def main() -> None:
             torch.cuda.set_device(device)
     torch.set_flush_denormal(True)                                     # +10-15 % on CPU
     args.work.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args.work, args.vae_steps, 2 * args.batch, args.seed, device)
-    train_unet(vae, args.work, args.out, args.steps, args.batch, args.scenes, args.seed, device)
+    scenes_rng = np.random.default_rng([args.seed, 2, rank()])
+    scenes = [shapes.random_scene(scenes_rng, split="train") for _ in range(args.scenes)]
+    tokenizer_path = args.work / f"tokenizer-{rank()}.json"
+    make_tokenizer().save(str(tokenizer_path))
+    tokenizer = clip_text.Tokenizer(tokenizer_path)
+
+    vae, vae_run = train_vae(args.work, args.vae_steps, 2 * args.batch, args.seed, device)
+    clip, clip_run = train_clip(scenes, tokenizer, args.work, args.clip_steps, 2 * args.batch, args.seed, device)
+
+    def finish(model: TextToNoise, run: Run) -> None:
+        sd = StableDiffusion(MODEL_CONFIG, tokenizer, [model.text], model.unet, vae)
+        if args.score_n:
+            run.scores.append((run.step * args.batch * world(), score(sd, args.score_n)))
+        minutes = {name: r.seconds / 60 for name, r in (("vae", vae_run), ("clip", clip_run), ("unet", run))}
+        write_folder(args.out, vae, clip, model, {
+            "steps": run.step, "samples": run.step * args.batch * world(), "minutes": minutes, "processes": world(),
+            "device": device.type, "seed": args.seed, "scores": run.scores, "clip_loss": clip_run.curve,
+            "loss": run.curve})
+
+    train_unet(vae, scenes, tokenizer, args.work, args.steps, args.batch, args.seed, device, finish)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -535,8 +535,8 @@ def test_what_the_loop_needs_is_named(tiny):
                               (replace(settings(), native=None), {}, "pass native")):
         with pytest.raises(ValueError, match=words):
             run(free, **more)
-    with pytest.raises(ValueError, match="begins with 64x64, so leave height and width"):
-        tiny.sample("a star", steps=1, height=128, freescale=FreeScale(((64, 64), (128, 128))))
+    with pytest.raises(ValueError, match="ends with 128x128, so leave height and width"):
+        tiny.sample("a star", steps=1, height=64, freescale=FreeScale(((64, 64), (128, 128))))
 
 
 def test_the_schedule_of_the_restart_is_the_models():

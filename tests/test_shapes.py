@@ -1,36 +1,54 @@
 """The captioned world of `lab/shapes.py`: its captions are true and invertible, and its scorer is right."""
 
+import hashlib
+import json
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lab.shapes import (
     BACKGROUNDS,
+    BENCH_SIZES,
     COLORS,
-    HELD_OUT,
+    COUNTS,
+    HELD_OUT_COUNTS,
+    HELD_OUT_LOOKS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_PLACES,
     KINDS,
+    PLACES,
+    PREFIX,
     RELATIONS,
     SHAPES,
+    SYNONYMS,
     VOCABULARY,
-    Request,
     Scene,
     Thing,
+    alter,
+    asks_held_out,
     caption,
     clear_relation,
     dense_scene,
+    describe,
     draw,
-    held_out_pair,
+    hard_captions,
+    is_at,
     is_held_out,
+    is_true,
     judge,
+    make_bench,
     parse,
     phrase,
     random_scene,
     read,
     same_things,
+    verdict,
 )
 
+BENCH_HASH = "c1dac64b7861c8799f3263aba4a1abd10df2d8bc94c4fbf560d488287136a679"
 MIRRORED = dict(zip(RELATIONS, ("right of", "left of", "below", "above")))
 
 
@@ -80,21 +98,31 @@ def test_kinds_hold_what_they_name():
             assert min(t.r for t in scene.things) >= 0.13
 
 
-def test_the_train_split_never_shows_a_held_out_look_or_pair():
+def test_the_train_split_never_shows_what_is_held_out_and_the_unseen_split_always_does():
     for kind in KINDS:
         for scene in scenes(kind, 400, split="train"):
-            assert not any((t.shape, t.color) in HELD_OUT for t in scene.things)
-            assert not any(held_out_pair(a, b) for a, b in combinations(scene.things, 2))
-    assert any(map(is_held_out, scenes("single", 200))) and any(map(is_held_out, scenes("two", 200)))
+            names = sorted({t.shape for t in scene.things})
+            assert not any((t.shape, t.color) in HELD_OUT_LOOKS for t in scene.things)
+            assert tuple(names) not in HELD_OUT_PAIRS
+            assert len(names) > 1 or (names[0], len(scene.things)) not in HELD_OUT_COUNTS
+            assert len(scene.things) > 1 or not any(is_at(scene.things[0], place) for shape, place in HELD_OUT_PLACES
+                                                    if shape == names[0])
+        assert all(map(is_held_out, scenes(kind, 100, split="unseen")))
+        mixed = [is_held_out(scene) for scene in scenes(kind, 300)]
+        assert any(mixed) and not all(mixed)
 
 
-def test_held_out_looks_leave_every_shape_and_color_well_covered_and_pairs_are_a_tenth():
-    assert not HELD_OUT & {("circle", "red"), ("square", "blue")}
-    assert len({s for s, _ in HELD_OUT}) == len({c for _, c in HELD_OUT}) == len(HELD_OUT) == 6
-    looks = [Thing(shape, color, 0.5, 0.5, 0.2) for shape in SHAPES for color in COLORS]
-    pairs = [held_out_pair(a, b) for a, b in combinations(looks, 2)]
-    assert pairs == [held_out_pair(b, a) for a, b in combinations(looks, 2)]
-    assert 0.07 < np.mean(pairs) < 0.13
+def test_training_captions_never_name_what_is_held_out():
+    rng = np.random.default_rng(0)
+    for scene in scenes(None, 2000, split="train"):
+        assert not asks_held_out(describe(scene, rng))
+
+
+def test_every_shape_loses_one_color_one_place_one_number_and_one_partner():
+    for pairs, options in ((HELD_OUT_LOOKS, COLORS), (HELD_OUT_PLACES, PLACES), (HELD_OUT_COUNTS, COUNTS)):
+        assert sorted(shape for shape, _ in pairs) == sorted(SHAPES) and {other for _, other in pairs} <= set(options)
+    assert sorted(shape for pair in HELD_OUT_PAIRS for shape in pair) == sorted(SHAPES)
+    assert all(pair == tuple(sorted(pair)) for pair in HELD_OUT_PAIRS)
 
 
 def test_unknown_kind_split_and_shape_are_refused():
@@ -115,7 +143,7 @@ def test_a_caption_parses_back_to_true_statements_about_its_scene():
         for scene in scenes(kind, 300):
             text = caption(scene, rng)
             request = parse(text)
-            assert phrase(request) == text and set(text.split()) <= set(VOCABULARY)
+            assert parse(phrase(request)) == request and set(text.split()) <= set(VOCABULARY)
             assert sum(ask.count for ask in request.asks) == len(scene.things)
             assert request.background in (None, scene.background)
             told = [[t for t in scene.things if t.shape == ask.shape] for ask in request.asks]
@@ -144,12 +172,56 @@ def test_place_words_match_the_side_of_the_picture():
     assert len(seen) == 6           # the five places, and none
 
 
-def test_the_bare_form_and_the_form_without_color_are_frequent():
+def test_every_phrasing_of_a_request_is_used_and_parses_back_to_it():
+    rng, used = np.random.default_rng(0), set()
+    for scene in scenes(None, 1500):
+        request = describe(scene, rng)
+        text = phrase(request, rng)
+        assert parse(text) == request
+        used |= {words for others in SYNONYMS.values() for words in others if f" {words} " in f" {text} "}
+        used |= {PREFIX} if text.startswith(PREFIX) else set()
+    assert used == {PREFIX, *(words for others in SYNONYMS.values() for words in others)}
+
+
+def test_an_altered_request_is_sayable_and_false_of_its_scene():
     rng = np.random.default_rng(0)
-    requests = [parse(caption(scene, rng)) for scene in scenes("single", 1000)]
-    bare = [r == Request((replace(r.asks[0], size=None, place=None),)) for r in requests]
-    assert np.mean([b and r.asks[0].color is not None for b, r in zip(bare, requests)]) > 0.4
-    assert 0.08 < np.mean([b and r.asks[0].color is None for b, r in zip(bare, requests)]) < 0.25
+    for scene in scenes(None, 1000):
+        request = describe(scene, rng)
+        other = alter(request, rng)
+        assert parse(phrase(other)) == other
+        assert verdict(scene.things, scene.background, request, 64, 64, strict=True)
+        assert not verdict(scene.things, scene.background, other, 64, 64, strict=True)
+
+
+def test_hard_captions_are_one_true_one_and_distinct_false_ones_with_the_same_shapes():
+    rng = np.random.default_rng(0)
+    for scene in scenes(None, 30, split="train"):
+        captions = hard_captions(scene, 64, rng)
+        truths = [is_true(parse(text), scene) for text in captions]
+        assert len(set(captions)) == 64 and truths[0] and not any(truths[1:])
+        assert all({ask.shape for ask in parse(text).asks} == {t.shape for t in scene.things} for text in captions)
+
+
+# The benchmark
+
+def test_the_committed_benchmark_is_the_generators_and_has_genevals_sizes():
+    path = Path(__file__).parent.parent / "lab" / "bench.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows == make_bench()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == BENCH_HASH
+    assert {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS} == BENCH_SIZES
+    assert sum(BENCH_SIZES.values()) == len(rows) == 553
+
+
+def test_each_half_of_each_category_asks_what_it_says():
+    for row in make_bench():
+        request = parse(row["prompt"])
+        assert asks_held_out(request) != row["seen"]
+        assert (request.relation is not None) == (row["kind"] == "position")
+        assert len(request.asks) == (2 if row["kind"] in ("two", "position", "color_attr") else 1)
+        assert (request.asks[0].count > 1) == (row["kind"] == "counting")
+    halves = [[row["seen"] for row in make_bench() if row["kind"] == kind] for kind in KINDS]
+    assert all(abs(2 * sum(half) - len(half)) <= 1 for half in halves)
 
 
 def test_naming_the_kind_gives_the_prompts_of_geneval():
@@ -213,6 +285,13 @@ def test_reading_survives_mild_blur_and_noise(harm):
 def test_touching_objects_of_different_colors_are_read_apart():
     scene = Scene((Thing("square", "red", 0.35, 0.5, 0.2), Thing("circle", "blue", 0.7, 0.5, 0.2)), "white")
     assert same_things(read(draw(scene)), scene.things)
+
+
+@pytest.mark.parametrize("shapes", [("circle", "circle"), ("square", "circle"), ("circle", "triangle")])
+def test_touching_objects_of_one_color_are_read_apart(shapes):
+    for color, background in (("red", "white"), ("white", "black"), ("blue", "gray")):
+        left, right = Thing(shapes[0], color, 0.28, 0.5, 0.18), Thing(shapes[1], color, 0.62, 0.52, 0.17)
+        assert sorted(t.shape for t in read(draw(Scene((left, right), background)))) == sorted(shapes)
 
 
 def test_specks_and_scribbles_are_no_objects():

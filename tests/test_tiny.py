@@ -7,22 +7,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lab import shapes
-from lab.evaluate import evaluate, make_prompts, wilson
+from lab.evaluate import evaluate, read_rows, to_bytes
+from reward import ClipReward
 from txt2img import TINY, StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
+MEASURED = 0.80                # by that test, when the weights were committed
 
 
 def test_the_whole_model_folder_is_at_most_20_megabytes():
-    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 20e6
+    assert sum(file.stat().st_size for file in TINY.rglob("*")) <= 20e6
 
 
-def test_the_model_follows_single_object_prompts():
+def test_the_score_on_60_fixed_prompts_has_not_fallen():
+    rows = [row for kind in shapes.KINDS for row in
+            [row for row in shapes.make_bench(seed=2) if row["kind"] == kind and row["seen"]][:10]]
     sd = StableDiffusion.load(TINY)
-    verdicts, _ = evaluate(sd, make_prompts("colors", 40), steps=20, cfg_scale=5.0)
-    assert np.mean([v.ok for v in verdicts]) >= 0.70
+    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=30, steps=20, cfg_scale=5.0)
+    assert np.mean([v.ok for v in verdicts]) >= MEASURED - 0.05
+
+
+def test_the_readmes_picture_is_what_the_model_draws():
+    prompts = [row["prompt"] for row in read_rows(ROOT / "lab" / "prompts.txt")]
+    sd = StableDiffusion.load(TINY)
+    pictures = to_bytes(sd.decode(sd.sample(prompts)))
+    with Image.open(TINY / "pictures.png") as sheet:
+        committed = np.asarray(sheet.convert("RGB")).astype(int)
+    for i, picture in enumerate(pictures):                             # as `contact_sheet` places them, doubled
+        x, y = i % 8 * 136 + 4, i // 8 * 168 + 4
+        there = committed[y:y + 128:2, x:x + 128:2]
+        assert np.abs(there - picture).mean() < 1, prompts[i]          # other processors round otherwise
 
 
 def test_the_autoencoder_keeps_what_the_scorer_reads():
@@ -41,7 +58,8 @@ def test_training_runs_on_two_processes_stops_resumes_and_writes_a_model_that_lo
     def run(steps: int) -> dict:
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                         "-m", "lab.train_tiny", "--out", tmp_path / "model", "--work", tmp_path / "work",
-                        "--device", "cpu", "--vae-steps", "2", "--steps", str(steps), "--batch", "4", "--scenes", "16"],
+                        "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--steps", str(steps),
+                        "--batch", "4", "--scenes", "16", "--score-n", "0"],
                        check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads((tmp_path / "model" / "training.json").read_text())
     assert run(2)["steps"] == 2
@@ -49,9 +67,5 @@ def test_training_runs_on_two_processes_stops_resumes_and_writes_a_model_that_lo
     facts = run(4)
     assert facts["steps"] == 4 and facts["samples"] == 4 * 4 * 2
     assert (tmp_path / "model" / "unet.safetensors").read_bytes() != before
+    assert ClipReward.load(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
     assert StableDiffusion.load(tmp_path / "model").sample("a red circle", steps=1).shape == (1, 4, 16, 16)
-
-
-def test_the_confidence_interval_covers_its_share():
-    low, high = wilson(0.7, 200)
-    assert 0.63 < low < 0.7 < high < 0.76 and wilson(1.0, 50)[1] == 1.0

@@ -1,0 +1,192 @@
+"""`lab/evaluate.py`: its numbers, that runs resume and share their work, and its one-line errors."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lab import shapes
+from lab.evaluate import bootstrap, by_kind, frechet_distance, make_prompts, read_rows, wilson
+from txt2img import TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("--steps", "2", "--drawn", "0")
+
+
+def run(*flags: object, ranks: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.run([sys.executable, *launcher, "-m", "lab.evaluate", *map(str, flags)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Path:
+    """Six rows, one of each kind."""
+    path = tmp_path_factory.mktemp("bench") / "six.jsonl"
+    rows = {row["kind"]: row for row in shapes.make_bench()}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(bench) -> Path:
+    done = run("--bench", bench, "--n-per-prompt", 20, "--out", bench.with_name("one.json"), "--sheet",
+               bench.with_name("sheet.png"), "--steps", 2, "--drawn", 100)
+    assert done.returncode == 0, done.stderr
+    return bench.with_name("one.json")
+
+
+# Numbers
+
+def test_the_confidence_interval_covers_its_share():
+    low, high = wilson(0.7, 200)
+    assert 0.63 < low < 0.7 < high < 0.76 and wilson(1.0, 50)[1] == 1.0
+
+
+def test_the_bootstrap_covers_the_truth_and_overall_is_the_unweighted_mean():
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(60):
+        values = {kind: {str(p): [float(rng.random() < share)] for p in range(n)}
+                  for kind, share, n in (("a", 0.8, 100), ("b", 0.4, 200))}
+        table = bootstrap(values, draws=300)
+        covered.append(table["overall"]["low"] <= 0.6 <= table["overall"]["high"])
+        assert table["overall"]["mean"] == pytest.approx((table["a"]["mean"] + table["b"]["mean"]) / 2, abs=1e-3)
+        assert table["overall"]["n"] == 300
+    assert np.mean(covered) > 0.85
+
+
+def test_pictures_of_one_prompt_are_not_counted_as_independent():
+    alone = {"a": {str(i): [float(i % 2)] for i in range(40)}}
+    fourfold = {"a": {str(i): [float(i % 2)] * 4 for i in range(40)}}
+    assert bootstrap(fourfold)["a"]["low"] == bootstrap(alone)["a"]["low"]
+
+
+def test_rows_are_gathered_by_kind_and_prompt():
+    rows = [{"kind": "a", "prompt": "x"}, {"kind": "b", "prompt": "y"}, {"kind": "a", "prompt": "x"}]
+    assert by_kind(rows, [1, 2, 3]) == {"a": {"x": [1, 3]}, "b": {"y": [2]}}
+
+
+def test_the_frechet_distance_is_that_of_known_normal_distributions():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (200_000, 3)), rng.normal(2, 3, (200_000, 3))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(3 * (2 ** 2 + (3 - 1) ** 2), rel=0.02)
+
+
+# Runs
+
+def test_a_result_has_every_number_and_row(result):
+    data = json.loads(result.read_text())
+    assert set(data["all"]) == {*shapes.KINDS, "overall"} and len(data["rows"]) == 120
+    assert [row["seed"] for row in data["rows"]] == list(range(120))
+    assert set(data["all"]["single"]) == {"mean", "low", "high", "n"} and data["frechet"]["drawn"] == 100
+    assert data["frechet"]["distance"] > data["frechet"]["floor"] > 0
+    assert -1 <= data["clip_score"]["mean"] <= 1 and data["seconds_per_image"] > 0 and data["peak_memory_gb"] > 0
+    assert not list(result.parent.glob(".one.json*"))                  # the notes are gone
+    with Image.open(result.with_name("sheet.png")) as sheet:
+        assert sheet.width == 8 * 136
+
+
+def test_a_stopped_run_goes_on_where_it_was(bench, result):
+    first = [*QUICK, "--bench", bench, "--out", bench.with_name("again.json")]
+    assert run(*first).returncode == 0
+    notes, made = bench.with_name(".again.json.0-of-1.jsonl"), json.loads(bench.with_name("again.json").read_text())
+    header = {name: made[name] for name in ("model", "dtype", "rows", "seed", "settings")}
+    kept = [{"k": k, "seed": k, "seconds": 1.0, "ok": True, "strict": True, "clip": 0.5, "features": []}
+            for k in range(4)]
+    notes.write_text("\n".join(map(json.dumps, [header, *kept])) + "\n" + '{"k": 4, "see')
+    assert run(*first).returncode == 0
+    rows = json.loads(bench.with_name("again.json").read_text())["rows"]
+    assert [row["clip"] == 0.5 for row in rows] == [True] * 4 + [False] * 2
+
+
+def test_two_processes_share_the_work_and_find_the_same(bench, result):
+    flags = [*QUICK, "--bench", bench, "--batch-size", 1, "--out"]
+    assert run(*flags, bench.with_name("serial.json")).returncode == 0
+    assert run(*flags, bench.with_name("two.json"), ranks=2).returncode == 0
+    one, two = (json.loads(bench.with_name(name).read_text()) for name in ("serial.json", "two.json"))
+    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert drop(one["rows"]) == drop(two["rows"]) and one["all"] == two["all"]
+
+
+def test_compare_gives_paired_differences(result):
+    other = json.loads(result.read_text())
+    for row in other["rows"]:
+        row["ok"] = row["kind"] == "colors"
+    result.with_name("other.json").write_text(json.dumps(other))
+    done = run("--compare", result, result.with_name("other.json"))
+    assert done.returncode == 0 and "overall" in done.stdout and "clip score" in done.stdout
+    same = run("--compare", result, result).stdout
+    assert all(line.split()[1] == "0.000" for line in same.splitlines()[1:7])
+
+
+def test_the_flags_of_txt2img_reach_the_sampler(bench, result):
+    done = run("--bench", bench, *QUICK, "--freeu", "--sampler", "euler", "--out", bench.with_name("flags.json"))
+    settings = json.loads(bench.with_name("flags.json").read_text())["settings"]
+    assert done.returncode == 0 and settings["sampler"] == "euler" and settings["freeu"].startswith("FreeU(")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "no prompts"), ("a pink circle", "line 1 can't be judged: unknown words 'pink'"),
+    ("a red circle\na circle and a circle", "line 2 can't be judged")])
+def test_a_file_that_cannot_be_judged_is_one_clear_sentence(tmp_path, text, message):
+    path = tmp_path / "prompts.txt"
+    path.write_text(text)
+    done = run("--bench", path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("line, message", [("{", "is not JSON"), ('{"prompt": "a circle"}', 'needs a "kind"'),
+                                           ("[]", 'needs a "kind"')])
+def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"kind": "single", "prompt": "a circle"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=f"line 2 .*{message}"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--bench", "none.jsonl"], "none.jsonl"), (["--kinds", "colour"], "no rows of kind colour"),
+    (["--n-per-prompt", "0"], "--n-per-prompt"), (["--out", "nowhere/x.json"], "nowhere"),
+    (["--steps", "0"], "step"), (["--compare", "README.md", "README.md"], "no result"),
+    (["--init-image", "x.png"], "--init-image")])
+def test_bad_flags_are_one_clear_sentence(flags, message):
+    done = run(*flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_results_of_other_prompts_cannot_be_paired(result, bench):
+    run("--bench", bench, *QUICK, "--seed", 5, "--out", bench.with_name("seed.json"))
+    done = run("--compare", result, bench.with_name("seed.json"))
+    assert done.returncode == 2 and "can't be paired" in done.stderr
+
+
+def test_a_model_without_a_clip_is_judged_without_clip_and_says_so(tmp_path, bench):
+    for file in TINY.iterdir():
+        if file.name != "clip":
+            (tmp_path / file.name).symlink_to(file)
+    done = run("--model", tmp_path, "--bench", bench, *QUICK, "--out", tmp_path / "r.json")
+    assert done.returncode == 0 and "no CLIP score" in done.stdout
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert "all" in data and "clip_score" not in data
+
+
+def test_a_model_of_another_world_is_timed_only_and_says_so(tmp_path, bench):
+    for file in TINY.iterdir():
+        if file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((TINY / "config.json").read_text()) | {"family": "sd15"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("--model", tmp_path, "--bench", bench, *QUICK, "--out", tmp_path / "r.json")
+    assert done.returncode == 0 and "wasn't trained on the drawn world" in done.stdout
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert "all" not in data and data["seconds_per_image"] > 0
+
+
+def test_prompts_of_a_kind_are_reproducible_sentences_of_the_grammar():
+    assert make_prompts("position", 5) == make_prompts("position", 5)
+    assert all(shapes.parse(prompt).relation for prompt in make_prompts("position", 5))
