@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from freescale import Stage
     from freeu import FreeU
     from maskunet import MaskRun
     from unet import PerUnit, ResBlock, SpatialTransformer, UNet
@@ -78,7 +79,8 @@ class Features:
         return x + self.alpha * first_x if self.alpha and t < 500 and late == self.late else x
 
     def decode_ahead(self, unet: "UNet", x: Tensor, i: int, shifts: list["PerUnit"], text: "PerUnit",
-                     freeu: "FreeU | None", gate: "TextGate | None" = None, masks: "MaskRun | None" = None) -> Tensor:
+                     freeu: "FreeU | None", gate: "TextGate | None" = None, masks: "MaskRun | None" = None,
+                     stage: "Stage | None" = None) -> Tensor:
         """Parallel Faster Diffusion: at a key step, predict for it and all steps up to the next one; else look it up.
 
         One call of the encoder, and the decoder on one batch: the rows of the first step, of the second, and so on.
@@ -86,7 +88,8 @@ class Features:
         if self.key:
             if gate is not None:
                 gate.steps = 1
-            h, skips = unet.encode(x, shifts[i], text, gate=gate)
+            scale = None if stage is None else stage.at(i)
+            h, skips = unet.encode(x, shifts[i], text, gate=gate, freescale=scale)
             group = list(takewhile(lambda j: j == i or j not in self.keys, range(i, self.steps)))
             most = max(1, (self.max_batch or len(group) * len(x)) // len(x))              # steps a batch
             while group:
@@ -94,11 +97,13 @@ class Features:
                 n = next((k for k, s in enumerate(strength) if s != strength[0]), len(strength))    # alike in FreeU
                 if gate is not None:
                     gate.steps = n
+                if stage is not None:                                  # step i goes on with its encoder's windows
+                    scale = scale.together([scale if j == i else stage.at(j) for j in group[:n]])
                 out = unet.decode(repeat(h, n), [repeat(skip, n) for skip in skips],
                                   stack_steps([shifts[j] for j in group[:n]], len(x)),
                                   text._replace(up=[kv and [(repeat(k, n), repeat(v, n)) for k, v in kv]
                                                     for kv in text.up], source=repeat(text.source, n)),
-                                  strength[0], gate=gate, masks=None if masks is None else masks.at(*group[:n]))
+                                  strength[0], None, gate, None if masks is None else masks.at(*group[:n]), scale)
                 self.ahead += out.chunk(n)
                 group = group[n:]
         return self.ahead.pop(0)
@@ -355,11 +360,13 @@ class TextGate:
     steps: int = 1                              # in one batch: parallel Faster Diffusion decodes several
     kept: dict["torch.nn.Module", Tensor] = field(default_factory=dict)
 
-    def close(self, average: bool) -> None:
-        """From here on it is reused. average: both halves of guidance have become one."""
+    def close(self, other: "TextGate | None" = None, average: bool = False) -> None:
+        """From here on it is reused. average: both halves of guidance become one; the first is here or in `other`."""
         self.open = False
         if average:
-            self.kept = {block: (sum(h.chunk(2)) / 2) for block, h in self.kept.items()}
+            first_and_second = {block: h.chunk(2) if other is None else (other.kept[block], h)
+                                for block, h in self.kept.items()}
+            self.kept = {block: (a + b) / 2 for block, (a, b) in first_and_second.items()}
 
     def output(self, block: "torch.nn.Module", h: Tensor) -> Tensor:
         """The place behind attention to the text: keep what it gave (the last of several steps), or give it back."""

@@ -203,7 +203,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a smaller --width and --height, "
-                 "--batch-size 1, or --vae-tile 64")
+                 "--batch-size 1, --low-memory, or --vae-tile 64")
 
 
 def complain(message: str, code: int) -> int:

@@ -260,11 +260,12 @@ class MaskRun:
     seeds: list[int]                               # one an image
     halves: tuple[int, ...]                        # with guidance 0, the rows without the prompt, and 1, those with it
     layers: dict[str, nn.Linear] = field(init=False)
-    rows: list[tuple[int, ...]] = field(default_factory=list)          # of the batch: image, and what makes its noise
-    cores: dict[int, Tensor | None] = field(default_factory=dict)      # by up block; DeepCache reuses a key step's
+    cores: dict[tuple, Tensor | None] = field(default_factory=dict)    # by up block and halves; DeepCache reuses them
     kept: float | Tensor = 0.0                     # sum of all masks so far, and how many
     total: int = 0
     step: int = 0
+    steps: tuple[int, ...] = (0,)                  # the present one, or those of a batch
+    passes: list[int] = field(default_factory=list)
     searches = False
 
     def __post_init__(self) -> None:
@@ -272,11 +273,20 @@ class MaskRun:
 
     def at(self, *steps: int, passes: list[int] | None = None) -> "MaskRun":
         """Set for this step, or for several in one batch. passes: each image's, where a search tries many."""
-        self.step, passes = steps[0], [0] * len(self.seeds) if passes is None else passes
-        self.rows = [(image, seed, step if self.masks.fresh else 0, 0 if self.masks.shared else half, k)
-                     for step in steps for half in self.halves
-                     for image, (seed, k) in enumerate(zip(self.seeds, passes))]
+        self.step, self.steps, self.passes = steps[0], steps, [0] * len(self.seeds) if passes is None else passes
         return self
+
+    def of(self, halves: tuple[int, ...]) -> "MaskRun":
+        """Set for a batch of these halves of guidance."""
+        self.halves = halves
+        return self
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """Of the batch: image, and what makes its noise."""
+        return [(image, seed, step if self.masks.fresh else 0, 0 if self.masks.shared else half, k)
+                for step in self.steps for half in self.halves
+                for image, (seed, k) in enumerate(zip(self.seeds, self.passes))]
 
     def search(self, predict: Callable[[], Tensor]) -> None:
         """`MaskSearch`'s place in the loop: these masks are given."""
@@ -298,13 +308,14 @@ class MaskRun:
         if not any(name.startswith(f"up_blocks.{level}.") for name in self.layers):
             return None
         if j == 0:
-            self.cores[level] = self.masks.source.core(level, h, skip, emb)
-        return self.blocks(prefix, config.depth[::-1][level], self.cores[level], i)
+            self.cores[level, self.halves] = self.masks.source.core(level, h, skip, emb)
+        return self.blocks(prefix, config.depth[::-1][level], self.cores[level, self.halves], i)
 
     def blocks(self, prefix: str, depth: int, core: Tensor | None,
                i: int) -> Iterator[tuple[AttentionMasks, AttentionMasks]]:
-        different = list(dict.fromkeys(self.rows))
-        index = None if len(different) == len(self.rows) else [different.index(row) for row in self.rows]
+        rows = self.rows
+        different = list(dict.fromkeys(rows))
+        index = None if len(different) == len(rows) else [different.index(row) for row in rows]
         generators = [torch.Generator().manual_seed(mix(*row[1:], i)) for row in different]
         for b in range(depth):
             names = [[f"{prefix}transformer_blocks.{b}.{attention}.{linear}" for linear in LINEARS]

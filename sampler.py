@@ -11,14 +11,15 @@ arXiv 2207.12598. Checked against diffusers 0.42.1, whose times, betas and last 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from cache import DeepCache, FasterDiffusion, Inherit, TGate
+    from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate
+    from freescale import FreeScale
     from freeu import FreeU
     from maskunet import Masks, MaskSearch
     from unet import PerUnit
@@ -150,9 +151,10 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
              added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
              eta: float = 0.0, generators: list[torch.Generator] | None = None,
              *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | Inherit | None" = None,
-             tgate: "TGate | None" = None, freescale: None = None, masks: "Masks | MaskSearch | None" = None,
+             tgate: "TGate | None" = None, freescale: "FreeScale | None" = None,
+             masks: "Masks | MaskSearch | None" = None,
              schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
-             ) -> Iterator[tuple[int, Tensor]]:
+             low_memory: bool = False) -> Iterator[tuple[int, Tensor]]:
     """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
     unet: a `UNet`, or any function (x, t, context, added) -> prediction, with t a scalar tensor. Gradients are recorded
@@ -168,76 +170,106 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
     cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
     tgate: from a step on, reuse the attention to the text, or drop guidance, or both, see `cache.py`; needs a `UNet`.
-    freescale: a name kept for this technique, which is not here yet; anything but None is an error.
+    freescale: run as a later stage of the cascade, from `init`, an enlarged picture; the settings' `restart` takes the
+        place of `strength`. See `freescale.py`; needs generators.
     masks: masks on the weights of the U-Net's attention, given or searched for at each step, see `maskunet.py`; needs a
         `UNet`, and generators where masks are drawn.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
+    low_memory: run the two halves of guidance one after the other: the same result with half the activations.
     """
-    if freescale is not None:
-        raise ValueError("FreeScale is not here yet: leave freescale at None")
+    if freescale is not None and (init is None or generators is None):
+        raise ValueError("FreeScale goes on from an enlarged picture: pass it as init, and generators, one per image")
     p = plan(sampler, steps, schedule, spacing)
     eta = 1.0 if sampler == "euler-a" else eta
     check_settings(sampler, prediction, eta, generators, strength)
     step = dpm_solver(p) if sampler.startswith("dpm") else ddim(p, eta, lambda: draw_noise(generators, noise))
 
+    stage = None if freescale is None else freescale.start(noise.shape[2:], steps, generators)
     start = 0 if init is None else steps - int(steps * strength)
+    if freescale is not None:
+        start = freescale.first_step(steps)
     if start == steps:                                                 # strength 0: nothing to do
         yield steps - 1, init.expand_as(noise)
         return
     x = noise * p.start_scale if init is None else math.sqrt(p.now[start]) * init + math.sqrt(1 - p.now[start]) * noise
 
-    gate_step, gate = (steps, None) if tgate is None else tgate.start(steps, start)
-    # Both halves of guidance run in one batch. What doesn't depend on x is computed once, before the loop.
+    gate_step = steps if tgate is None else tgate.start(steps, start)[0]
+    # Both halves of guidance run in one batch, or in two. What doesn't depend on x is computed once, before the loop.
     guided = negative_context is not None and cfg_scale != 1
+    rows = [((0,), context, added)]
     if guided:
-        context = torch.cat([negative_context, context])
-        added = None if added is None else torch.cat([added if negative_added is None else negative_added, added])
-    model_dtype = context.dtype
-    text, shifts = prepare(unet, context, p, added)
+        negative_added = added if negative_added is None else negative_added
+        rows = [((0,), negative_context, negative_added), ((1,), context, added)]
+        if not low_memory:
+            both = None if added is None else torch.cat([negative_added, added])
+            rows = [((0, 1), torch.cat([negative_context, context]), both)]
+    passes = [Pass(halves, *prepare(unet, text, p, extra), extra,
+                   None if cache is None else cache.start(steps, {start, gate_step}, unet),
+                   None if tgate is None else tgate.start(steps, start)[1]) for halves, text, extra in rows]
+    drawn = None if masks is None else masks.start(unet, generators, len(noise), 1 + guided)
+    if drawn is not None and drawn.searches and cache is not None and cache.parallel:
+        raise ValueError("a search for masks needs every step's latents: use the cache without its parallel mode")
 
-    def guide(out: Tensor) -> Tensor:
-        out = out.to(x.dtype)
+    def predict(x: Tensor, i: int) -> Tensor:
+        """The guided prediction at step i, by all passes of the U-Net with the techniques that act there."""
+        out = []
+        for run in passes:
+            techniques = {}                                            # nothing by default
+            if freeu is not None and (now := freeu.at(i / steps)) is not None:
+                techniques["freeu"] = now
+            if run.gate is not None:
+                techniques["gate"] = run.gate
+            if drawn is not None:
+                techniques["masks"] = drawn.of(run.halves)
+            if stage is not None:
+                techniques["freescale"] = stage.at(i)                  # in both halves the same windows
+            if run.features is not None:
+                techniques["cache"] = run.features.at(i)
+            x_in = torch.cat([x.to(context.dtype)] * len(run.halves))
+            if run.features is not None and run.features.parallel:
+                out.append(run.features.decode_ahead(unet, x_in, i, run.shifts, run.text, freeu, run.gate, drawn,
+                                                     stage))
+            else:
+                out.append(unet(x_in, run.shifts[i], run.text, run.added, **techniques))
+        out = torch.cat(out).to(x.dtype)
         if guided:
             negative, positive = out.chunk(2)
             out = negative + cfg_scale * (positive - negative)
         return out
 
-    features = None if cache is None else cache.start(steps, {start, gate_step}, unet)
-    drawn = None if masks is None else masks.start(unet, generators, len(noise), 1 + guided)
-    if drawn is not None and drawn.searches and features is not None and features.parallel:
-        raise ValueError("a search for masks needs every step's latents: use the cache without its parallel mode")
     first_x = x
     for i in range(start, steps):
         if i == gate_step:                                             # a key step of any cache
             dropped = guided and tgate.guidance == "drop"
-            if gate is not None:
-                gate.close(average=dropped)
-            if dropped:
-                guided, added = False, None if added is None else added[len(noise):]
-                text, shifts = prepare(unet, context[len(noise):], p, added)
-                if drawn is not None:
-                    drawn.halves = (1,)
-        techniques = {}                                                # what acts at this step; nothing by default
-        if freeu is not None and (now := freeu.at(i / steps)) is not None:
-            techniques["freeu"] = now
-        if gate is not None:
-            techniques["gate"] = gate
-        if features is not None:
-            techniques["cache"] = features.at(i)
-            x = features.inject(x, first_x, p.times[i])
-        x_in = x.to(model_dtype)
-        x_in = torch.cat([x_in, x_in]) if guided else x_in
+            last, other = passes[-1], passes[0] if len(passes) > 1 else None
+            for run in passes:
+                if run.gate is not None:
+                    run.gate.close(other and other.gate, average=dropped and run is last)
+            if dropped:                                                # only the prompt's rows go on
+                guided = False
+                passes = [Pass((1,), *prepare(unet, context, p, added), added, last.features, last.gate)]
+        if stage is not None and i > start:                            # at the start x is the noised picture itself
+            x = stage.mix(x, init, noise, p.now[i], p.times[i], schedule.train_steps)
+        if cache is not None:
+            x = passes[0].features.inject(x, first_x, p.times[i])
         if drawn is not None:                                          # a search tries masks on this step's x0
-            techniques["masks"] = drawn.at(i)
-            drawn.search(lambda: x0_and_eps(x, guide(unet(x_in, shifts[i], text, added, **techniques)),  # noqa: B023
-                                            p.now[i], prediction)[0])  # noqa: B023
-        if features is not None and features.parallel:
-            out = features.decode_ahead(unet, x_in, i, shifts, text, freeu, gate, drawn)
-            x = features.inject(x, first_x, p.times[i], late=True)
-        else:
-            out = unet(x_in, shifts[i], text, added, **techniques)
-        x = step(i, x, *x0_and_eps(x, guide(out), p.now[i], prediction))
+            drawn.at(i)
+            drawn.search(lambda: x0_and_eps(x, predict(x, i), p.now[i], prediction)[0])  # noqa: B023
+        out = predict(x, i)
+        if cache is not None and cache.parallel:
+            x = passes[0].features.inject(x, first_x, p.times[i], late=True)
+        x = step(i, x, *x0_and_eps(x, out, p.now[i], prediction))
         yield i, x
+
+
+class Pass(NamedTuple):
+    """One call of the U-Net at a step, for one half of guidance or for both in one batch."""
+    halves: tuple[int, ...]                 # 0: the rows of the negative prompt (or without guidance), 1: the prompt's
+    text: "Tensor | PerUnit"
+    shifts: "Tensor | list[PerUnit]"
+    added: Tensor | None
+    features: "Features | None"             # each pass has state of its own
+    gate: "TextGate | None"
 
 
 def check_settings(sampler: str, prediction: str, eta: float, generators: list[torch.Generator] | None,

@@ -7,6 +7,7 @@ Start at `StableDiffusion.sample`; the loop it runs is `sampler.generate`. Shape
 pixels, L text tokens, D text width, P width of SDXL's pooled text vector.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
@@ -34,8 +35,10 @@ except ImportError:
 from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes, run_macs
 from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_tokenizer, load_weights, read_config, replacing, run_command
+from freescale import FreeScale, enlarge
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks
+from memory import free_memory, plan_stages
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -51,15 +54,19 @@ class StableDiffusion:
     """A model folder in memory: tokenizer, text encoders, U-Net and VAE. Make one with `StableDiffusion.load`."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text_encoders: list[TextEncoder],
-                 unet: UNet, vae: VAE):
+                 unet: UNet, vae: VAE, low_memory: bool = False):
         self.config, self.tokenizer, self.text_encoders = config, tokenizer, text_encoders
-        self.unet, self.vae = unet, vae
+        self.unet, self.vae, self.low_memory = unet, vae, low_memory
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
 
     @staticmethod
-    def load(folder: str | Path, device: str | torch.device = "cpu",
-             dtype: torch.dtype = torch.float32) -> "StableDiffusion":
-        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit."""
+    def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             low_memory: bool = False) -> "StableDiffusion":
+        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
+
+        low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
+            of guidance run one after the other. The same pictures, with less memory and somewhat slower.
+        """
         folder = Path(folder)
         config = read_config(folder)
         tokenizer = load_tokenizer(folder / "tokenizer.json", config.text_encoder.vocab)
@@ -68,13 +75,24 @@ class StableDiffusion:
         load_weights(unet, folder / "unet.safetensors", device, dtype)
         # SDXL's VAE overflows float16: it stays in float32 there
         guard = config.vae.force_upcast and dtype == torch.float16
-        load_weights(vae, folder / "vae.safetensors", device, torch.float32 if guard else dtype)
+        home = "cpu" if low_memory else device
+        load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
         for name, text in zip(("text_encoder", "text_encoder_2"), texts):
-            load_weights(text, folder / f"{name}.safetensors", device, dtype)
+            load_weights(text, folder / f"{name}.safetensors", home, dtype)
         if dtype != torch.float32:                                     # half-precision convolutions want this layout
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
-        return StableDiffusion(config, tokenizer, texts, unet, vae)
+        return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
+
+    @contextlib.contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        """The module beside the U-Net for as long as it is needed; with low_memory it waits in main memory else."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.low_memory:
+                module.to("cpu")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +103,8 @@ class StableDiffusion:
         hidden, pooled, lost = [], None, []
         for text in self.text_encoders:
             ids, lost = self.tokenizer(prompts, text.config.length, text.config.pad)
-            h, pooled = text(ids.to(self.device))                      # SDXL's pooled vector is the second encoder's
+            with self.on_device(text):
+                h, pooled = text(ids.to(self.device))                  # SDXL's pooled vector is the second encoder's
             hidden.append(h)
         for prompt, words in zip(prompts, lost):
             if words:
@@ -127,8 +146,9 @@ class StableDiffusion:
                cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
                noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
                cache: DeepCache | FasterDiffusion | Inherit | None = None, tgate: TGate | None = None,
-               freescale: None = None, masks: Masks | MaskSearch | None = None,
-               init: Tensor | None = None, strength: float = 0.8,
+               freescale: FreeScale | None = None, masks: Masks | MaskSearch | None = None,
+               init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
+               model: Callable[..., Tensor] | None = None,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -138,8 +158,15 @@ class StableDiffusion:
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
         noise: (B, 4, h, w), unit variance, in place of the seeds' first draw.
         init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
-        callback(step, latents) is called after each step. Other arguments: see `sampler.generate`.
+        freescale: the stages of a large picture, see `freescale.py`. Height and width, if given, are the last stage's,
+            noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
+        tile: of the VAE between FreeScale's stages, as in `decode`.
+        model: a function in the U-Net's place, such as `highres_baselines.py` makes.
+        callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
+            arguments: see `sampler.generate`.
         """
+        if freescale is not None:
+            freescale, (height, width) = self.fit(freescale, height, width, init), freescale.resolutions[0]
         factor, native = self.config.vae.factor, self.config.size
         for given in (init, noise):
             if given is not None:
@@ -164,16 +191,41 @@ class StableDiffusion:
         if init is not None and tuple(init.shape) not in (shape, (1, *shape[1:])):
             raise InputError(f"init has shape {tuple(init.shape)}, but {shape} is needed")
         init = None if init is None else init.to(self.device)
-        latents = noise
-        for i, latents in generate(
-                self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale, self.config.prediction,
-                added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache, tgate=tgate,
-                freescale=freescale, masks=masks, schedule=self.config.schedule, init=init, strength=strength):
-            if callback is not None:
-                callback(i, latents)
-        if not latents.isfinite().all():
-            raise InputError(not_finite("latents", self.dtype))
+
+        def run(noise: Tensor, init: Tensor | None, stage: int, freescale: FreeScale | None) -> Tensor:
+            latents = noise
+            for i, latents in generate(
+                    model or self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale,
+                    self.config.prediction, added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
+                    tgate=tgate, freescale=freescale, masks=masks, schedule=self.config.schedule, init=init,
+                    strength=strength, low_memory=self.low_memory):
+                if callback is not None:
+                    callback(stage * steps + i, latents)
+            if not latents.isfinite().all():
+                raise InputError(not_finite("latents", self.dtype))
+            return latents
+
+        if freescale is None:
+            return run(noise, init, 0, None)
+        latents = run(noise, None, 0, None) if init is None else init.expand(shape).float()
+        for stage, size in enumerate(freescale.resolutions[1:], start=1):
+            like = latents.new_empty(1, shape[1], *(side // factor for side in size))
+            unit = draw_noise(generators, like) if freescale.upsample == "rgb" else None
+            with self.on_device(self.vae):
+                latents = enlarge(latents, size, freescale.upsample, self.vae, unit, tile_side(tile, like))
+            latents = run(draw_noise(generators, like), latents, stage, freescale)
         return latents
+
+    def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
+        """The settings with the model's native size; InputError for stages that aren't what is asked for."""
+        last = freescale.resolutions[-1]
+        if (height or last[0], width or last[1]) != last:
+            raise InputError(f"FreeScale ends with {last[1]}x{last[0]}, so leave height and width at None")
+        if len(freescale.resolutions) == 1 and init is not None:
+            raise InputError("init takes the place of FreeScale's first stage: give a second, larger resolution")
+        if freescale.native is None:
+            freescale = replace(freescale, native=self.config.size // self.config.vae.factor)
+        return freescale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
@@ -181,19 +233,19 @@ class StableDiffusion:
 
         tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
         """
-        weight = self.vae.post_quant_conv.weight
-        z = latents.to(weight.device) / self.config.vae.scaling
-        images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
+        z = latents.to(self.device) / self.config.vae.scaling
+        with self.on_device(self.vae):
+            images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
         if not images.isfinite().all():
-            raise InputError(not_finite("decoded image", weight.dtype))
+            raise InputError(not_finite("decoded image", self.vae.post_quant_conv.weight.dtype))
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
-        weight, factor = self.vae.quant_conv.weight, self.config.vae.factor
-        x = images.to(weight.device) * 2 - 1
-        mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
+        x, factor = images.to(self.device) * 2 - 1, self.config.vae.factor
+        with self.on_device(self.vae):
+            mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
         return mean.float() * self.config.vae.scaling
 
 
@@ -258,8 +310,14 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
                                  ("Init image", args.init_image, None)):
         if value != default:
             pairs[name] = value
-    if args.init_image:
+    if args.init_image and args.stages is None:
         pairs["Denoising strength"] = f"{args.strength:g}"
+    if args.stages is not None:
+        sizes = " ".join(f"{w}x{h}" for h, w in args.stages)
+        pairs["FreeScale"] = (f"{sizes} restart {args.freescale_restart:g} dilate {args.freescale_dilate:g} blur "
+                              f"{args.freescale_blur} upsample {args.freescale_upsample}"
+                              f"{' fast' if args.freescale_fast else ''}")
+        pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {args.detail_map.name}"
     if args.cache == "deepcache":
         center = "" if args.cache_center is None else f" center {args.cache_center}"
         pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}{center}"
@@ -314,10 +372,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", "-W", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--height", "-H", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--init-image", type=Path, metavar="FILE", help="start from this picture")
-    parser.add_argument("--strength", type=float, default=0.8, help="how much of --init-image is redrawn, 0 to 1")
+    parser.add_argument("--strength", type=float, help="how much of --init-image is redrawn, 0 to 1 (default: 0.8)")
     parser.add_argument("--grid", action="store_true", help="also write all pictures as one sheet")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time: faster, more memory")
     parser.add_argument("--vae-tile", type=int, help="side of VAE tiles in latent pixels, 0: none (default: by size)")
+    parser.add_argument("--low-memory", action="store_true",
+                        help="less memory on the device, slower: guidance in two passes, only the U-Net stays there")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 elsewhere")
     group = parser.add_argument_group("FreeU and skip scaling (freeu.py)")
@@ -358,7 +418,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="threshold, expected: without chance; expected: weights times their probability")
     group.add_argument("--mask-fixed", action="store_true", help="the same chance at every step")
     group.add_argument("--mask-shared", action="store_true", help="the same chance with and without the prompt")
-    return check_arguments(parser.parse_args(argv))
+    group = parser.add_argument_group("FreeScale (freescale.py): pictures beyond the training size")
+    group.add_argument("--freescale", type=int, choices=[2, 4, 8], metavar="N",
+                       help="draw at the model's size (or -W, -H), double it up to N = 2, 4 or 8 times")
+    group.add_argument("--resolutions", metavar="WxH,WxH", help="of all stages instead, the last is the picture's")
+    group.add_argument("--freescale-official", action="store_true",
+                       help="the official defaults: N 4, blur official, FreeU version 1, 50 Euler steps, leading times")
+    group.add_argument("--detail", default="2", metavar="ALPHA[,OUTSIDE]",
+                       help="larger: later stages are freer; 0.5 to 2, at most 1 for N 8")
+    group.add_argument("--detail-map", type=Path, metavar="FILE",
+                       help="gray picture as large as a stage: ALPHA where it isn't black, OUTSIDE where it is")
+    group.add_argument("--freescale-fast", action="store_true", help="global attention on interleaved parts of the map")
+    group.add_argument("--freescale-blur", default="spatial", help="spatial: the paper's; official: channels too")
+    group.add_argument("--freescale-upsample", default="rgb", help="between stages: rgb, through the VAE; or latent")
+    group.add_argument("--freescale-restart", type=float, default=0.3, metavar="PART",
+                       help="of the steps that later stages skip")
+    group.add_argument("--freescale-dilate", type=float, default=0.7, metavar="PART",
+                       help="of the steps up to which deep convolutions are dilated")
+    args = parser.parse_args(argv)
+    if args.freescale_official:                                        # as defaults: flags that are given still count
+        parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
+                            freescale_blur="official", freescale=None if args.resolutions else 4)
+        args = parser.parse_args(argv)
+    return check_arguments(args)
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -367,6 +449,10 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if read_cache(args) is None and read_tgate(args) is None and args.compare:
         raise InputError("--compare needs something to compare: add --cache or --tgate")
     read_masks(args)
+    read_resolutions(args)
+    if args.strength is not None and args.stages is not None:
+        raise InputError("--strength is for a picture of the same size; FreeScale's stages take --freescale-restart")
+    args.strength = 0.8 if args.strength is None else args.strength
     try:                                                               # before gigabytes are loaded
         plan(args.sampler, args.steps, spacing=args.spacing)
     except ValueError as error:
@@ -475,29 +561,6 @@ def read_tgate(args: argparse.Namespace) -> TGate | None:
     return tgate
 
 
-def report(args: argparse.Namespace, sd: StableDiffusion, height: int, width: int) -> None:
-    """Prints how much of the U-Net runs with the flags' cache and T-GATE, and what speaks against them."""
-    cache, tgate = read_cache(args, sd.unet), read_tgate(args)
-    if cache is None and tgate is None:
-        return
-    first = 0 if args.init_image is None else args.steps - int(args.steps * args.strength)
-    factor, guided, units = sd.config.vae.factor, args.cfg_scale != 1, ""
-    if first < args.steps and cache is not None:
-        gate_step = first if tgate is None else tgate.start(args.steps, first)[0]
-        features = cache.start(args.steps, {first, gate_step}, sd.unet)
-        run, every = features.units_run(first)
-        units = f"{run} of {every} units and "
-        for note in notes([key for key in sorted(features.keys) if first <= key < args.steps], args.steps):
-            warnings.warn(note, stacklevel=2)
-    tokens = sd.config.text_encoder.length
-    run, every = (run_macs(sd.unet, height // factor, width // factor, args.steps, first, guided, *techniques, tokens)
-                  for techniques in ((cache, tgate), (None, None)))
-    if every:
-        names = " and ".join([args.cache] * (cache is not None) + ["T-GATE"] * (tgate is not None))
-        print(f"{names}: {units}{run / 1e9:.4g} of {every / 1e9:.4g} billion multiply-adds of the U-Net run per "
-              f"picture, {every / run:.2f} times fewer", file=sys.stderr)
-
-
 def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | None:
     """The masks that the flags ask for, those of a file only if there is a U-Net yet."""
     if args.masks is not None and args.mask_random is not None:
@@ -517,13 +580,111 @@ def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | No
         raise InputError(str(error)) from None
 
 
-def sample_settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
-    """The flags as arguments of `StableDiffusion.sample`, all but prompts, seeds and starting picture."""
-    height, width = (config.size if side is None else side for side in (args.height, args.width))
+def read_resolutions(args: argparse.Namespace) -> None:
+    """Sets args.stages to the (height, width) of --resolutions; to () for --freescale, known later; or to None."""
+    args.stages = None if args.freescale is None else ()
+    if args.resolutions is not None:
+        try:
+            sizes = [tuple(int(side) for side in size.split("x")) for size in args.resolutions.split(",")]
+            args.stages = tuple((height, width) for width, height in sizes)
+        except ValueError:
+            raise InputError(f"--resolutions takes sizes such as 512x512,1024x1024, not {args.resolutions!r}") from None
+        if args.freescale is not None or (args.width, args.height) != (None, None):
+            raise InputError("--resolutions gives all sizes: leave out --freescale, --width and --height")
+        for height, width in args.stages:
+            check_size(height, width)
+        args.height, args.width = args.stages[0]
+        if args.init_image and len(args.stages) == 1:
+            raise InputError("--init-image takes the place of the first of --resolutions: give a second, larger one")
+    if args.stages is None and args.detail_map is not None:
+        raise InputError("--detail-map needs the stages of FreeScale: give --freescale 2, or --resolutions")
+
+
+def read_freescale(args: argparse.Namespace, height: int, width: int) -> FreeScale | None:
+    """The FreeScale object that the flags ask for; height and width are the first stage's. Completes args.stages."""
+    if args.stages is None:
+        return None
+    factors = [2 ** k for k in range(4) if 2 ** k <= (args.freescale or 0)]
+    args.stages = args.stages or tuple((height * factor, width * factor) for factor in factors)
+    check_size(*args.stages[-1])
+    try:
+        alphas = [float(part) for part in args.detail.split(",")]
+    except ValueError:
+        alphas = []
+    if len(alphas) != (1 if args.detail_map is None else 2):
+        raise InputError(f"--detail takes {'one number' if args.detail_map is None else 'two numbers'} "
+                         f"{'without' if args.detail_map is None else 'with'} --detail-map, such as "
+                         f"{'2' if args.detail_map is None else '2,0.5'}, not {args.detail!r}")
+    detail = alphas[0]
+    if args.detail_map is not None:
+        mask = read_mask(args.detail_map)
+        if tuple(mask.shape) not in args.stages:
+            sizes = ", ".join(f"{w}x{h}" for h, w in args.stages)
+            raise InputError(f"{args.detail_map} is {mask.shape[1]}x{mask.shape[0]}, but must be as large as a stage "
+                             f"({sizes}): resize it")
+        detail = torch.where(mask, *alphas)
+    try:
+        return FreeScale(args.stages, restart=args.freescale_restart, detail=detail, upsample=args.freescale_upsample,
+                         blur=args.freescale_blur, fast=args.freescale_fast, dilate=args.freescale_dilate)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def report(args: argparse.Namespace, sd: StableDiffusion, settings: dict[str, Any], from_picture: bool) -> None:
+    """Prints how much of the U-Net runs with the flags' cache and T-GATE, and what speaks against them."""
+    cache, tgate, freescale = read_cache(args, sd.unet), settings["tgate"], settings["freescale"]
+    if cache is None and tgate is None:
+        return
+    steps, factor, units, ran, whole = args.steps, sd.config.vae.factor, [], 0, 0
+    runs = [(settings["height"], settings["width"], steps - int(steps * args.strength) if from_picture else 0)]
+    if freescale is not None:
+        runs = [(*size, freescale.first_step(steps) if k else 0) for k, size in enumerate(freescale.resolutions)]
+        runs = runs[from_picture:]
+    for height, width, first in runs:
+        gate_step = first if tgate is None else tgate.start(steps, first)[0]
+        if cache is not None and first < steps:
+            features = cache.start(steps, {first, gate_step}, sd.unet)
+            units.append(features.units_run(first))
+            for note in notes([key for key in sorted(features.keys) if first <= key < steps], steps):
+                warnings.warn(note, stacklevel=2)
+        with_them, without = (run_macs(sd.unet, height // factor, width // factor, steps, first, args.cfg_scale != 1,
+                                       *techniques, sd.config.text_encoder.length)
+                              for techniques in ((cache, tgate), (None, None)))
+        ran, whole = ran + with_them, whole + without
+    names = " and ".join([args.cache] * (cache is not None) + ["T-GATE"] * (tgate is not None))
+    told = ["{} of {} units".format(*map(sum, zip(*units)))] if units else []
+    if whole and freescale is None:                                    # FreeScale's attention is not in the count
+        told.append(f"{ran / 1e9:.4g} of {whole / 1e9:.4g} billion multiply-adds")
+    if told:
+        fewer = f", {whole / ran:.2f} times fewer" if freescale is None else ""
+        print(f"{names}: {' and '.join(told)} of the U-Net run per picture{fewer}", file=sys.stderr)
+
+
+def read_mask(path: Path) -> Tensor:
+    """A gray picture as (H, W), true where it isn't black."""
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("1", "L"):
+                raise InputError(f"{path} has mode {file.mode}, but a mask is black and white or gray: save it so")
+            return torch.from_numpy(np.asarray(file) > 0)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"can't read the mask {path} ({error})") from None
+
+
+def sample_settings(args: argparse.Namespace, config: ModelConfig,
+                    size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The flags as arguments of `StableDiffusion.sample`, all but prompts, seeds and starting picture.
+
+    size: height and width of the starting picture, None without one.
+    """
+    height, width = size or (config.size if side is None else side for side in (args.height, args.width))
+    freescale = read_freescale(args, height, width)
+    if freescale is not None:
+        height, width = freescale.resolutions[-1]
     return {"negative_prompt": args.negative_prompt, "steps": args.steps, "sampler": args.sampler,
             "cfg_scale": args.cfg_scale, "height": height, "width": width, "eta": args.eta, "spacing": args.spacing,
-            "freeu": read_freeu(args, config.family), "cache": read_cache(args),
-            "tgate": read_tgate(args), "strength": args.strength}
+            "freeu": read_freeu(args, config.family), "cache": read_cache(args), "tgate": read_tgate(args),
+            "freescale": freescale, "strength": args.strength, "tile": args.vae_tile}
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -575,6 +736,24 @@ def read_image(args: argparse.Namespace) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 
 
+def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, freeu: FreeU | None,
+                 images: int, device: torch.device) -> None:
+    """InputError for a last stage that the device's free memory can't hold, with the flags that help."""
+    free = free_memory(device)
+    if free is None:
+        return
+    freescale = replace(freescale, native=config.size // config.vae.factor)
+    last = plan_stages(config, freescale, images, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
+                       lambda latents: tile_side(args.vae_tile, latents), stages=[len(freescale.resolutions) - 1])[0]
+    if last.memory > free:
+        flags = [flag for flag, helps in (
+            ("--low-memory", not args.low_memory), ("--batch-size 1", images > 1),
+            ("--vae-tile 64", args.vae_tile is not None and not 0 < args.vae_tile <= 64),
+            ("--dtype bfloat16", args.dtype == torch.float32), ("smaller --resolutions", True)) if helps]
+        raise InputError(f"the stage {last.width}x{last.height} needs about {last.memory / 1e9:.2g} GB, but there are "
+                         f"{free / 1e9:.2g} GB free on {device}: use {' or '.join(flags)}")
+
+
 def finished(path: Path, parameters: str) -> bool:
     """Whether an earlier run made this very picture; InputError for one with other settings in its place."""
     if not path.exists():
@@ -595,9 +774,9 @@ def main() -> None:
     prompts = read_prompts(args)
     init_image = read_image(args) if args.init_image else None
     config = read_config(args.model)
-    settings = sample_settings(args, config)
-    if init_image is not None:
-        settings["height"], settings["width"] = init_image.shape[-2:]
+    settings = sample_settings(args, config, None if init_image is None else init_image.shape[-2:])
+    freescale = settings["freescale"]
+    stages = 1 if freescale is None else len(freescale.resolutions)
     paths = picture_paths(args, len(prompts))
     parameters = [parameters_text(args, prompt, args.seed + k, settings["height"], settings["width"])
                   for k, prompt in enumerate(prompts)]
@@ -608,14 +787,17 @@ def main() -> None:
     todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
-        sd = StableDiffusion.load(args.model, device, args.dtype)
+        if freescale is not None:
+            check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
+                         torch.device(device))
+        sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory)
         settings["masks"] = read_masks(args, sd.unet)
-        report(args, sd, settings["height"], settings["width"])
+        report(args, sd, settings, init_image is not None)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
 
     def draw(batch: list[int], **changes) -> tuple[Tensor, float]:
         """Pictures of these numbers as latents, with changed settings, and the seconds that sampling took."""
-        with tqdm(total=changes.get("steps", args.steps), desc=f"picture {batch[-1] + 1} of {len(prompts)}",
+        with tqdm(total=stages * changes.get("steps", args.steps), desc=f"picture {batch[-1] + 1} of {len(prompts)}",
                   unit="step", leave=False, disable=rank > 0) as bar:
             started = time.perf_counter()
             latents = sd.sample(

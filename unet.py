@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
     from cache import Features, TextGate
+    from freescale import Scale
     from freeu import FreeU
     from maskunet import MaskRun
 
@@ -38,6 +39,8 @@ class UNetConfig:
     add_time_dim: int = 256                               # SDXL: sinusoid width of each of the six image sizes
     groups: int = 32                                      # of every GroupNorm
 
+
+CHUNK = 32768              # tokens that a feed-forward layer takes at a time; SDXL's largest at 1024 pixels has 4096
 
 CONFIGS = {
     "sd15": UNetConfig(),
@@ -68,6 +71,13 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def convolve(conv: nn.Conv2d, x: Tensor, dilation: tuple[int, int] | None) -> Tensor:
+    """A 3x3 convolution, its taps (down, along) so many pixels apart; None: one. The size of the result is the same."""
+    if dilation is None:
+        return conv(x)
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=dilation, dilation=dilation)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; the time enters as one number a channel in between.
 
@@ -83,9 +93,9 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + shift[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, shift: Tensor, dilation: tuple[int, int] | None = None) -> Tensor:
+        h = convolve(self.conv1, F.silu(self.norm1(x)), dilation) + shift[:, :, None, None]
+        h = convolve(self.conv2, F.silu(self.norm2(h)), dilation)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -128,12 +138,17 @@ class Attention(nn.Module):
         """(B, L, D) -> what `forward` attends to. For a text it is the same at every step: see `UNet.embed_text`."""
         return self.split(linear(self.to_k, context, masks.k)), self.split(linear(self.to_v, context, masks.v))
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], masks: AttentionMasks = UNMASKED) -> Tensor:
-        q, (k, v) = self.split(linear(self.to_q, x, masks.q)), keys_values
-        if self.upcast and x.dtype in (torch.float16, torch.bfloat16):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (B, heads, N, C / heads), keys and values (B, heads, L, C / heads) -> (B, N, C), unprojected."""
+        dtype = q.dtype
+        if self.upcast and dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        h = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return linear(self.to_out[0], h.transpose(1, 2).flatten(2), masks.out)
+        h = F.scaled_dot_product_attention(q, k, v).to(dtype)
+        return h.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], masks: AttentionMasks = UNMASKED) -> Tensor:
+        q = self.split(linear(self.to_q, x, masks.q))
+        return linear(self.to_out[0], self.attend(q, *keys_values), masks.out)
 
 
 class GEGLU(nn.Module):
@@ -149,7 +164,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, N, C) -> (B, N, C), through four times the width."""
+    """(B, N, C) -> (B, N, C), through four times the width: more than CHUNK tokens in pieces, to bound its memory."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -157,13 +172,17 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        pieces = [self.net[2](self.net[0](piece)) for piece in x.split(CHUNK, dim=1)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward. (B, N, C), keys and values of the text -> (B, N, C)
 
+    grid: the (H, W) that the N = H * W tokens come from.
     gate: None, or what decides whether attention to the text is computed or reused, see T-GATE in `cache.py`.
+    masks: None, or what multiplies the weights of both attentions, see `maskunet.py`; text is then (B, L, D) itself.
+    freescale: None, or what stands in for self-attention, see `freescale.py`.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool):
@@ -175,13 +194,16 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | Tensor, gate: "TextGate | None" = None,
-                masks: tuple[AttentionMasks, AttentionMasks] | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | Tensor, grid: tuple[int, int],
+                gate: "TextGate | None" = None, masks: tuple[AttentionMasks, AttentionMasks] | None = None,
+                freescale: "Scale | None" = None) -> Tensor:
         own, cross = (UNMASKED, UNMASKED) if masks is None else masks
         h = self.norm1(x)
-        x = x + self.attn1(h, self.attn1.keys_values(h, own), own)
+        if freescale is None:
+            x = x + self.attn1(h, self.attn1.keys_values(h, own), own)
+        else:
+            x = x + freescale(self.attn1, h, grid, own)
         if gate is None or gate.open:
-            # masked keys and values are made here: `text` is then the text itself, (B, L, D)
             h = self.attn2(self.norm2(x), text if masks is None else self.attn2.keys_values(text, cross), cross)
         if gate is not None:
             h = gate.output(self, h)
@@ -202,12 +224,13 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor] | Tensor], gate: "TextGate | None" = None,
-                masks: Iterable[tuple[AttentionMasks, AttentionMasks]] | None = None) -> Tensor:
+                masks: Iterable[tuple[AttentionMasks, AttentionMasks]] | None = None,
+                freescale: "Scale | None" = None) -> Tensor:
         masks = [None] * len(text) if masks is None else masks
         h = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C)
         h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block, keys_values, mask in zip(self.transformer_blocks, text, masks, strict=True):
-            h = block(h, keys_values, gate, mask)
+            h = block(h, keys_values, x.shape[2:], gate, mask, freescale)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
@@ -219,8 +242,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    def forward(self, x: Tensor, dilation: tuple[int, int] | None = None) -> Tensor:
+        return convolve(self.conv, x, dilation)
 
 
 class Upsample(nn.Module):
@@ -311,7 +334,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
                 freeu: "FreeU | None" = None, cache: "Features | None" = None,
-                gate: "TextGate | None" = None, masks: "MaskRun | None" = None) -> Tensor:
+                gate: "TextGate | None" = None, masks: "MaskRun | None" = None,
+                freescale: "Scale | None" = None) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
@@ -321,14 +345,16 @@ class UNet(nn.Module):
         cache: which units run at this step, and what stands in for the others, see `cache.py`; None: all run.
         gate: whether the text is attended to, or what that gave before is reused, see `cache.py`; None: it is.
         masks: what multiplies the weights of the up units' attention, see `maskunet.py`; None: the weights as they are.
+        freescale: scale fusion and dilated convolutions for large maps, see `freescale.py`; None: the plain network.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
-        h, skips = self.encode(x, shifts, text, cache, gate)
-        return self.decode(h, skips, shifts, text, freeu, cache, gate, masks)
+        h, skips = self.encode(x, shifts, text, cache, gate, freescale)
+        return self.decode(h, skips, shifts, text, freeu, cache, gate, masks, freescale)
 
     def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit, cache: "Features | None" = None,
-               gate: "TextGate | None" = None) -> tuple[Tensor | None, list[Tensor | None]]:
+               gate: "TextGate | None" = None,
+               freescale: "Scale | None" = None) -> tuple[Tensor | None, list[Tensor | None]]:
         """conv_in, the down units and the middle -> the middle's output and the skips, largest map first.
 
         None takes the place of what a cache neither runs nor keeps, because nobody reads it.
@@ -341,29 +367,31 @@ class UNet(nn.Module):
         skips = [h]
         for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.down, text.down), start=1):
             if cache is None or cache.runs(i):
+                dilation = None if freescale is None else freescale.dilation(i - 1, self.config)
                 if unit.resample is not None:
-                    h = unit.resample(h)
+                    h = unit.resample(h, dilation)
                 else:
-                    h = unit.resnet(h, shift)
+                    h = unit.resnet(h, shift, dilation)
                     if unit.attention is not None:
-                        h = unit.attention(h, keys_values, gate)
+                        h = unit.attention(h, keys_values, gate, None, freescale)
             if cache is not None:
                 h = cache.output(i, h)
             skips.append(h)
 
         middle = len(units) + 1
         if cache is None or cache.runs(middle):
+            dilation = None if freescale is None else freescale.dilation(None, self.config)
             resnet_1, resnet_2 = self.mid_block.resnets
-            h = resnet_1(h, shifts.mid[0])
-            h = self.mid_block.attentions[0](h, text.mid, gate)
-            h = resnet_2(h, shifts.mid[1])
+            h = resnet_1(h, shifts.mid[0], dilation)
+            h = self.mid_block.attentions[0](h, text.mid, gate, None, freescale)
+            h = resnet_2(h, shifts.mid[1], dilation)
         if cache is not None:
             h = cache.output(middle, h)
         return h, skips
 
     def decode(self, h: Tensor | None, skips: list[Tensor | None], shifts: PerUnit, text: PerUnit,
-               freeu: "FreeU | None" = None, cache: "Features | None" = None,
-               gate: "TextGate | None" = None, masks: "MaskRun | None" = None) -> Tensor:
+               freeu: "FreeU | None" = None, cache: "Features | None" = None, gate: "TextGate | None" = None,
+               masks: "MaskRun | None" = None, freescale: "Scale | None" = None) -> Tensor:
         """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
         units = self.up_units()
         for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.up, text.up)):
@@ -376,7 +404,7 @@ class UNet(nn.Module):
                     h, skip = freeu(h, skip, i, self.config)
                 h = unit.resnet(torch.cat([h, skip], dim=1), shift)
                 if unit.attention is not None:
-                    h = unit.attention(h, keys_values, gate, mask)
+                    h = unit.attention(h, keys_values, gate, mask, freescale)
                 if unit.resample is not None:
                     h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
             if cache is not None:

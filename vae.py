@@ -29,20 +29,40 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
+Known = dict[nn.Module, tuple[Tensor, Tensor]]     # each norm's mean and variance by group, (B, groups) each
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm whose statistics can be another picture's. (B, C, H, W) -> (B, C, H, W)
+
+    known: what it finds in its first call it notes there, and later calls normalise by that; None: by x itself.
+    """
+
+    def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
+        if known is None:
+            return super().forward(x)
+        if self not in known:
+            variance, mean = torch.var_mean(x.float().unflatten(1, (self.num_groups, -1)), (2, 3, 4), correction=0)
+            known[self] = mean, variance
+        mean, variance = (m.repeat_interleave(x.shape[1] // self.num_groups, dim=1) for m in known[self])
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return x * scale[:, :, None, None].to(x) + (self.bias - mean * scale)[:, :, None, None].to(x)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. (B, C_in, H, W) -> (B, C_out, H, W)"""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x, known)))
+        h = self.conv2(F.silu(self.norm2(h, known)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -51,14 +71,14 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])   # a list because checkpoints say "to_out.0"
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)         # (B, h*w, C)
+    def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
+        tokens = self.group_norm(x, known).flatten(2).transpose(1, 2)         # (B, h*w, C)
         q, k, v = self.to_q(tokens)[:, None], self.to_k(tokens)[:, None], self.to_v(tokens)[:, None]
         h = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
         return x + h.transpose(1, 2).reshape(x.shape)
@@ -104,8 +124,9 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList([ResBlock(channels, channels, groups) for _ in range(2)])
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+    def forward(self, h: Tensor, known: Known | None = None) -> Tensor:
+        h = self.attentions[0](self.resnets[0](h, known), known)
+        return self.resnets[1](h, known)
 
 
 class Encoder(nn.Module):
@@ -119,18 +140,18 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList([
             Level(channels[max(i - 1, 0)], c, config.layers, groups, down=i < last) for i, c in enumerate(channels)])
         self.mid_block = Middle(channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
         h = self.conv_in(x)
         for level in self.down_blocks:
             for resnet in level.resnets:
-                h = resnet(h)
+                h = resnet(h, known)
             for downsample in level.downsamplers:
                 h = downsample(h)
-        h = self.mid_block(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        h = self.mid_block(h, known)
+        return self.conv_out(F.silu(self.conv_norm_out(h, known)))
 
 
 class Decoder(nn.Module):
@@ -144,17 +165,17 @@ class Decoder(nn.Module):
         self.mid_block = Middle(channels[0], groups)
         self.up_blocks = nn.ModuleList([
             Level(channels[max(i - 1, 0)], c, config.layers + 1, groups, up=i < last) for i, c in enumerate(channels)])
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid_block(self.conv_in(z))
+    def forward(self, z: Tensor, known: Known | None = None) -> Tensor:
+        h = self.mid_block(self.conv_in(z), known)
         for level in self.up_blocks:
             for resnet in level.resnets:
-                h = resnet(h)
+                h = resnet(h, known)
             for upsample in level.upsamplers:
                 h = upsample(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(F.silu(self.conv_norm_out(h, known)))
 
 
 class VAE(nn.Module):
@@ -173,18 +194,19 @@ class VAE(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, latent channels, h, w), unscaled.
 
         H and W are multiples of `config.factor`. tile: side of a tile in latent pixels (at least 8), or None to
-        encode the image in one piece; with tiles, memory beyond the result doesn't grow with the image.
+        encode the image in one piece; with tiles, as in `decode`, memory beyond the result doesn't grow with the image.
         """
         factor, c, x = self.config.factor, self.config.latent_channels, x.to(self.quant_conv.weight.dtype)
         if x.shape[-2] % factor or x.shape[-1] % factor:
             raise ValueError(f"image size {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor}: crop or resize it")
-        if tile is None:
+        size, known = (x.shape[-2] // factor, x.shape[-1] // factor), {}
+        if tile is None or 8 <= tile >= max(size):
             moments = self.quant_conv(self.encoder(x))
         else:
-            size = (x.shape[-2] // factor, x.shape[-1] // factor)
             moments = x.new_empty(x.shape[0], 2 * c, *size)
+            self.encoder(thumbnail(x, size, tile, factor), known)
             blend_tiles(moments, size, tile, 1, lambda top, bottom, left, right: self.quant_conv(self.encoder(
-                x[:, :, top * factor:bottom * factor, left * factor:right * factor])))
+                x[:, :, top * factor:bottom * factor, left * factor:right * factor], known)))
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -192,16 +214,26 @@ class VAE(nn.Module):
         """Unscaled latents (B, latent channels, h, w) -> images (B, 3, H, W), nominally in [-1, 1].
 
         tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles overlap by a
-        quarter and are blended linearly; memory beyond the result doesn't grow with the image. A tile normalises
-        its own pixels (GroupNorm, attention), so the result differs slightly from the image in one piece.
+        quarter and are blended linearly; memory beyond the result doesn't grow with the image. All tiles are normalised
+        by the statistics of one thumbnail of the image (GroupNorm by each tile's own would show as tiles of different
+        contrast), but attend to themselves only, so the result differs slightly from the image in one piece.
         """
-        z = z.to(self.post_quant_conv.weight.dtype)
-        if tile is None:
-            return self.decoder(self.post_quant_conv(z))
-        factor = self.config.factor
-        image = z.new_empty(z.shape[0], 3, z.shape[-2] * factor, z.shape[-1] * factor)
-        return blend_tiles(image, z.shape[-2:], tile, factor, lambda top, bottom, left, right: self.decoder(
-            self.post_quant_conv(z[:, :, top:bottom, left:right])))
+        z, known = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)), {}
+        size, factor = z.shape[-2:], self.config.factor
+        if tile is None or 8 <= tile >= max(size):
+            return self.decoder(z)
+        image = z.new_empty(z.shape[0], 3, size[0] * factor, size[1] * factor)
+        self.decoder(thumbnail(z, size, tile, 1), known)
+        return blend_tiles(image, size, tile, factor, lambda top, bottom, left, right: self.decoder(
+            z[:, :, top:bottom, left:right], known))
+
+
+def thumbnail(x: Tensor, size: tuple[int, int], tile: int, scale: int) -> Tensor:
+    """x, of size (h, w) times scale, as small as a tile: every so many-th pixel, which keeps mean and variance."""
+    if tile < 8:
+        raise ValueError(f"a tile of {tile} latent pixels is too small: use 8 or more (64 is usual)")
+    small = [max(round(side * tile / max(size)), 1) * scale for side in size]
+    return F.interpolate(x, small, mode="nearest-exact")
 
 
 def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tensor]]:
@@ -224,8 +256,6 @@ def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tenso
 def blend_tiles(out: Tensor, size: tuple[int, int], tile: int, scale: int,
                 compute: Callable[[int, int, int, int], Tensor]) -> Tensor:
     """Fill `out` with the weighted sum of tiles; compute(top, bottom, left, right) in latent pixels makes one."""
-    if tile < 8:
-        raise ValueError(f"a tile of {tile} latent pixels is too small: use 8 or more (64 is usual)")
     out.zero_()
     for top, bottom, wy in tile_weights(size[0], tile, scale):
         for left, right, wx in tile_weights(size[1], tile, scale):

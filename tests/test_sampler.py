@@ -145,7 +145,7 @@ def test_img2img_runs_the_last_part_of_the_steps():
     (dict(sampler="plms"), "ddim, dpm"), (dict(steps=0), "1 to 1000"), (dict(steps=1001), "1 to 1000"),
     (dict(spacing="even"), "trailing"), (dict(prediction="x0"), "epsilon"), (dict(eta=0.5), "generators"),
     (dict(sampler="dpm++2m", eta=0.5), "deterministic"), (dict(strength=1.5), "between 0 and 1"),
-    (dict(freescale=2), "not here yet")])
+    (dict(freescale=2), "pass it as init")])
 def test_bad_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words.replace("+", r"\+")):
         next(generate(lambda *a: a[0], torch.ones(1, 4, 2, 2), torch.zeros(1, 1, 1), **settings))

@@ -19,6 +19,7 @@ import folder
 import txt2img
 from clip_text import TextConfig, TextEncoder
 from folder import InputError, ModelConfig, run_command, write_config
+from freescale import FreeScale
 from sampler import NoiseSchedule
 from txt2img import StableDiffusion
 from unet import UNet, UNetConfig
@@ -244,6 +245,110 @@ def test_the_help_shows_every_default(command):
     assert code == 0
     assert all(text in stdout for text in ("(default: 30)", "(default: 7.5)", "(default: ddim)", "models/tiny"))
     assert "(default: None)" not in stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- FreeScale
+
+def test_freescale_doubles_up_to_the_factor_and_says_so_in_the_picture(narrow, tmp_path, command):
+    out = tmp_path / "p.png"
+    arguments = ("a circle", "--model", narrow, "--steps", 3, "--out", out)
+    assert command(*arguments, "--freescale", 4, "--width", 40, "--cache", "deepcache", "--freeu")[0] == 0
+    assert pixels(out).shape == (128, 160, 3)
+    text = Image.open(out).text["parameters"]
+    assert "Size: 160x128" in text and "Detail: 2" in text
+    assert "FreeScale: 40x32 80x64 160x128 restart 0.3 dilate 0.7 blur spatial upsample rgb" in text
+    assert command(*arguments, "--resolutions", "32x32,64x48", "--freescale-fast", "--freescale-upsample", "latent",
+                   "--detail", 0.5, "--freescale-blur", "official")[0] == 0
+    assert pixels(out).shape == (48, 64, 3)
+    kept = pixels(out)
+    assert command(*arguments, "--resolutions", "32x32,64x48", "--freescale-fast", "--freescale-upsample", "latent",
+                   "--detail", 0.5, "--freescale-blur", "official", "--low-memory")[0] == 0
+    assert np.abs(pixels(out).astype(int) - kept).max() <= 1
+    assert "32x32 64x48 restart 0.3 dilate 0.7 blur official upsample latent fast" in Image.open(out).text["parameters"]
+
+
+def test_the_command_line_makes_what_the_class_makes(narrow, tmp_path, command):
+    sd = StableDiffusion.load(narrow)
+    free = FreeScale(((32, 32), (48, 64)), restart=0.5, detail=0.5)
+    want = sd.decode(sd.sample("a circle", None, steps=4, seed=2, freescale=free))[0]
+    command("a circle", "--model", narrow, "--steps", 4, "--seed", 2, "--out", tmp_path / "p.png", "--detail", 0.5,
+            "--resolutions", "32x32,64x48", "--freescale-restart", 0.5)
+    assert np.array_equal(pixels(tmp_path / "p.png"), (want * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_the_official_defaults_are_set_and_flags_still_count(narrow, tmp_path, command):
+    out = tmp_path / "p.png"
+    arguments = ("a circle", "--model", narrow, "--out", out, "--freescale-official", "--steps", 3)
+    assert command(*arguments)[0] == 0 and pixels(out).shape == (128, 128, 3)
+    text = Image.open(out).text["parameters"]
+    for words in ("Steps: 3, Sampler: Euler, Schedule type: Automatic, CFG scale: 7.5", "Spacing: leading",
+                  "32x32 64x64 128x128 restart 0.3 dilate 0.7 blur official upsample rgb", 'FreeU: "preset version 1'):
+        assert words in text
+    assert command(*arguments, "--resolutions", "32x32,40x32")[0] == 0 and pixels(out).shape == (32, 40, 3)
+
+
+def test_a_picture_of_ones_own_takes_the_place_of_the_first_stage(narrow, tmp_path, command):
+    start, out = tmp_path / "start.png", tmp_path / "p.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (35, 50, 3), dtype=np.uint8)).save(start)
+    arguments = ("a circle", "--model", narrow, "--steps", 3, "--init-image", start, "--out", out)
+    assert command(*arguments, "--freescale", 2)[0] == 0 and pixels(out).shape == (64, 96, 3)
+    assert "Denoising strength" not in Image.open(out).text["parameters"]
+    code, _, stderr = command(*arguments, "--resolutions", "40x32,80x64", "--cache", "faster")
+    assert code == 0 and pixels(out).shape == (64, 80, 3)
+
+
+def test_a_detail_map_is_read_and_checked(narrow, tmp_path, command):
+    mask, out = tmp_path / "mask.png", tmp_path / "p.png"
+    Image.new("L", (64, 64), 3).save(mask)
+    arguments = ("a circle", "--model", narrow, "--steps", 3, "--freescale", 2, "--out", out, "--detail-map", mask)
+    assert command(*arguments, "--detail", "2,0.5")[0] == 0
+    shown = pixels(out)
+    command(*arguments[:-2], "--detail", 2)
+    assert np.abs(shown.astype(int) - pixels(out)).max() <= 1          # not black anywhere: 2 everywhere
+    out.unlink()
+    for picture, detail, words in ((Image.new("L", (64, 64)), "2", "two numbers with --detail-map"),
+                                   (Image.new("RGB", (64, 64)), "2,1", "mask.png has mode RGB"),
+                                   (Image.new("L", (64, 40)), "2,1", "mask.png is 64x40, but must be as large as a "
+                                    "stage (32x32, 64x64)"), (None, "2,1", "can't read the mask")):
+        mask.write_bytes(b"no picture") if picture is None else picture.save(mask)
+        code, _, stderr = command(*arguments, "--detail", detail)
+        assert code == 2 and words in stderr and stderr.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("flags,hints", [
+    ([], "--low-memory or --dtype bfloat16 or smaller --resolutions"),
+    (["--low-memory", "--dtype", "bfloat16", "--batch-size", 2, "--n", 2], "--batch-size 1 or smaller --resolutions"),
+    (["--low-memory", "--dtype", "bfloat16", "--vae-tile", 0], "--vae-tile 64 or smaller --resolutions")])
+def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, hints, narrow, tmp_path, command,
+                                                                        monkeypatch):
+    monkeypatch.setattr(txt2img, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(StableDiffusion, "load", None)
+    code, _, stderr = command("a circle", "--model", narrow, "--freescale", 4, "--out", tmp_path / "p.png", *flags)
+    assert code == 2 and stderr.count("\n") == 1 and stderr.endswith(f"GB free on cpu: use {hints}\n")
+    assert "the stage 128x128 needs about" in stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--resolutions", "32x32,64x60"], "height 60 is not a multiple of 8; the nearest are 56 and 64"),
+    (["--resolutions", "64x64,32x64"], "must not fall, but 64x64 is followed by 32x64"),
+    (["--resolutions", "64,64"], "sizes such as 512x512,1024x1024"),
+    (["--resolutions", "64x64", "--width", "64"], "leave out --freescale, --width"),
+    (["--resolutions", "32x32,64x64", "--freescale", "2"], "leave out --freescale"),
+    (["--resolutions", "32x32", "--init-image", "x.png"], "give a second, larger one"),
+    (["--freescale", "2", "--strength", "0.5"], "--freescale-restart"),
+    (["--freescale", "2", "--detail", "2,1"], "one number without --detail-map"),
+    (["--freescale", "2", "--detail", "much"], "one number"), (["--freescale", "2", "--detail", "-1"], "0 or more"),
+    (["--freescale", "2", "--freescale-blur", "box"], "spatial or official"),
+    (["--freescale", "2", "--freescale-upsample", "x"], "rgb or latent"),
+    (["--freescale", "2", "--freescale-restart", "1"], "restart is a fraction"),
+    (["--freescale", "2", "--freescale-dilate", "2"], "dilate is a fraction"),
+    (["--freescale", "8", "--width", "16000"], "the largest is 65536"),
+    (["--detail-map", "m.png"], "needs the stages of FreeScale")])
+def test_bad_freescale_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = command("a circle", "--model", narrow, *flags)
+    assert code == 2 and words in stderr and stderr.count("\n") == 1 and stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

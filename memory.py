@@ -1,0 +1,154 @@
+"""What a run will need, before it runs: peak memory and floating-point operations, from shapes alone.
+
+Start at `plan_stages`: it runs the real U-Net and VAE on PyTorch's meta device, where tensors have shapes but no
+memory, under a `Meter` that adds up the tensors alive. So the plan can't drift away from the code. Not in it:
+workspaces of convolution libraries and what an allocator keeps in reserve. Attention counts as fused: no matrix of
+scores is formed, as by PyTorch's kernels for NVIDIA GPUs and CPUs.
+"""
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from clip_text import TextEncoder
+from folder import ModelConfig, build
+from freescale import FreeScale, enlarge
+from freeu import FreeU
+from unet import UNet
+from vae import VAE
+
+
+class Meter(TorchDispatchMode):
+    """Notes every tensor that is made inside it: bytes alive, their peak, and the operations of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak, self.flops = 0, 0, 0
+        self.sizes: dict[int, int] = {}                                # bytes of every living storage, by id
+
+    def ignore(self, *tensors: Tensor) -> None:
+        """What was there before doesn't count, nor do views of it."""
+        self.sizes.update({id(x.untyped_storage()): 0 for x in tensors})
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):                                     # one tensor, or several
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in self.sizes:
+                storage = x.untyped_storage()                          # one object for as long as its memory lives
+                self.sizes[id(storage)] = storage.nbytes()
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.free, id(storage))
+        if function._overloadpacket in flop_registry:
+            self.flops += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def free(self, storage: int) -> None:
+        self.alive -= self.sizes.pop(storage)
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device, attention as a fused kernel does it: nothing but the result, laid out like the queries."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is not F.scaled_dot_product_attention or args[0].device.type != "meta":
+            return function(*args, **(kwargs or {}))
+        q, k, v = args
+        self.meter.flops += 2 * q.numel() * k.shape[2] + 2 * q.shape[:-1].numel() * k.shape[2] * v.shape[3]
+        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call: bytes at the peak beyond what was there before, and floating-point operations."""
+    peak: int
+    flops: int
+
+
+def measure(run: Callable[[], Any], *modules: nn.Module) -> Cost:
+    """What run() costs; the modules are there already."""
+    meter = Meter()
+    meter.ignore(*(p for module in modules for p in module.parameters()))
+    with torch.no_grad(), FusedAttention(meter), meter:
+        run()
+    return Cost(meter.peak, meter.flops)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its size in pixels, one call of the U-Net, the VAE before it (and behind the last), bytes in all."""
+    height: int
+    width: int
+    unet: Cost
+    vae: Cost
+    memory: int
+
+
+def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guided: bool = True,
+                dtype: torch.dtype = torch.float16, low_memory: bool = False, freeu: FreeU | None = None,
+                tile: Callable[[Tensor], int | None] = lambda latents: None,
+                stages: list[int] | None = None) -> list[StagePlan]:
+    """Memory and operations of a cascade's stages (None: of all). tile: of the VAE, by the latents that it is for.
+
+    low_memory: as in `StableDiffusion.load`. `freescale.native` must be set.
+    """
+    unet, vae = build(UNet, config.unet).to(dtype), build(VAE, config.vae)
+    vae.to(torch.float32 if config.vae.force_upcast and dtype == torch.float16 else dtype)
+    texts = [build(TextEncoder, c).to(dtype) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
+    resident = weight_bytes(unet) + (0 if low_memory else weight_bytes(vae, *texts))
+    rows = images * (2 if guided and not low_memory else 1)
+
+    def latents(height: int, width: int, rows: int = images, dtype: torch.dtype = torch.float32) -> Tensor:
+        side = config.vae.factor
+        return torch.empty(rows, config.unet.in_channels, height // side, width // side, dtype=dtype, device="meta")
+
+    def call(size: tuple[int, int], number: int) -> None:
+        x = latents(*size, rows, dtype)
+        generators = [torch.Generator().manual_seed(0) for _ in range(images)]
+        scale = freescale.start(x.shape[2:], 1, generators).at(0) if number else None
+        context = torch.empty(rows, config.text_encoder.length, config.unet.context_dim, dtype=dtype, device="meta")
+        added = torch.empty(rows, config.unet.add_dim, dtype=dtype, device="meta") if config.unet.add_dim else None
+        unet(x, torch.empty(1, device="meta"), context, added, freeu=freeu, freescale=scale)
+
+    def code(size: tuple[int, int], number: int) -> None:
+        if number and freescale.upsample == "rgb":
+            enlarge(latents(*freescale.resolutions[number - 1]), size, "rgb", vae, latents(*size), tile(latents(*size)))
+        if number == len(freescale.resolutions) - 1:
+            z = latents(*size)
+            image = torch.cat([vae.decode(part, tile(z)).float() for part in z.split(1)])
+            (image / 2 + 0.5).clamp(0, 1)
+
+    plans = []
+    for number, size in enumerate(freescale.resolutions):
+        if stages is None or number in stages:
+            step, coding = measure(lambda: call(size, number), unet), measure(lambda: code(size, number), vae)  # noqa: B023
+            beside = weight_bytes(unet, vae) if low_memory else resident
+            plans.append(StagePlan(*size, step, coding, max(resident + step.peak, beside + coding.peak)))
+    return plans
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on the device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").is_file():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None

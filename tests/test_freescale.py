@@ -1,0 +1,544 @@
+"""freescale.py: against outputs of the official code, every identity of its parts, the cascade, and composition."""
+import json
+import math
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from cache import DeepCache, FasterDiffusion
+from freescale import FreeScale, Scale, Stage, attend_parts, attend_windows, fuse, gaussian, place_windows, smooth
+from freeu import FreeU
+from sampler import SAMPLERS, NoiseSchedule, generate, plan
+from txt2img import TINY, StableDiffusion
+from unet import CONFIGS, Attention, TransformerBlock, UNet, UNetConfig, convolve
+
+NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
+XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
+                add_dim=6, groups=4)
+NATIVE = 8                                          # latent side that stands for the training size in most tests here
+GOLDEN = safe_open(Path(__file__).parent / "data/freescale.safetensors", framework="pt")
+golden = GOLDEN.get_tensor
+CASES = json.loads(GOLDEN.metadata()["meta"])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def make(kind, *arguments):
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        return kind(*arguments).requires_grad_(False)
+
+
+UNETS = {config: make(UNet, config) for config in (NARROW, XL)}
+
+
+def settings(height: int = 16, width: int = 16, **more) -> FreeScale:
+    """Of a second stage of latents (height, width)."""
+    return FreeScale(((8 * NATIVE,) * 2, (8 * height, 8 * width)) if height >= NATIVE <= width
+                     else ((8 * height, 8 * width),), native=NATIVE, **more)
+
+
+def run(freescale: FreeScale | None, height: int = 16, width: int = 16, batch: int = 1, config: UNetConfig = NARROW,
+        unet=None, **more) -> list[torch.Tensor]:
+    """A second stage by `generate`, from a random picture: the latents of every step."""
+    noise, init, context, other = (randn(3, *shape, seed=k)[:batch] for k, shape in enumerate(
+        ((4, height, width), (4, height, width), (5, 8), (5, 8))))
+    added = randn(3, config.add_dim, seed=3)[:batch] if config.add_dim else None
+    more = {"steps": 4, "sampler": "ddim", "generators": [seeded(k) for k in range(batch)], "init": init, **more}
+    return [x for _, x in generate(unet or UNETS[config], noise, context, other, added=added, freescale=freescale,
+                                   **more)]
+
+
+def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
+
+
+# --------------------------------------------------------------------------------------------------- official outputs
+
+@pytest.fixture(scope="module")
+def block() -> TransformerBlock:
+    made = TransformerBlock(16, 12, 2, False)
+    made.load_state_dict({key[2:]: golden(key) for key in GOLDEN.keys() if key.startswith("w.")})
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if f"{name}.out" in GOLDEN.keys()])
+def test_a_block_with_scale_fusion_equals_the_official_one(block, case):
+    facts, views, x = CASES[case], golden(f"{case}.views").long(), golden("A.x")
+    window, starts = tuple((views[0, 1::2] - views[0, ::2]).tolist()), [views[:, ::2]] * len(x)
+    parts = (2, 2) if facts["fast"] else (1, 1)
+
+    def fused(attention, h, grid):
+        return fuse(attention, h, grid, window, starts, gaussian(facts["ksize"]), "official", parts)
+    text, grid = block.attn2.keys_values(golden("ctx")), (facts["h"], facts["w"])
+    assert (block(x, text, grid, fused) - golden(f"{case}.out")).abs().max() <= 2e-5
+    h = block.norm1(x)
+    for kind in ("local", "global"):
+        got = fuse(block.attn1, h, grid, window, starts, gaussian(1), parts=parts, kind=kind)
+        assert (got - golden(f"{case}.{kind}").flatten(1, 2)).abs().max() <= 2e-5
+    assert (block(x, text, grid) - golden("A.plain_out")).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 15])
+def test_the_blur_equals_the_official_one(size):
+    assert (gaussian(size).float() - golden(f"blur.kernel3d_k{size}_1d")).abs().max() < 1e-7
+    assert (smooth(golden("blur.x"), gaussian(size), dims=(1, 2, 3)) - golden(f"blur.k{size}")).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1, 2, 3])
+def test_the_factor_of_the_detail_control_equals_the_official_one(alpha):
+    got = [factor(alpha, t) for t in golden("cos.t").tolist()]
+    assert (torch.tensor(got) - golden(f"cos.c_a{float(alpha)}")).abs().max() < 1e-6
+
+
+def test_dilated_convolutions_are_those_of_torch():
+    for stride in (1, 2):
+        conv = torch.nn.Conv2d(4, 4, 3, stride, padding=1).requires_grad_(False)
+        conv.load_state_dict({"weight": golden("conv.w"), "bias": golden("conv.b")})
+        for d in (1, 2, 4):
+            assert (convolve(conv, golden("conv.x"), (d, d)) - golden(f"conv.d{d}_s{stride}")).abs().max() < 2e-6
+
+
+# -------------------------------------------------------------------------------------------------------- scale fusion
+
+def attention(channels: int = 16, heads: int = 2) -> Attention:
+    return make(Attention, channels, channels, heads, False).double()
+
+
+def parts_of(grid=(16, 16), window=(8, 8), rows: int = 2) -> tuple:
+    """An attention, hidden states and windows to fuse."""
+    starts = [place_windows(grid, window, seeded(k)) for k in range(rows)]
+    return attention(), randn(rows, grid[0] * grid[1], 16, dtype=torch.float64), grid, window, starts
+
+
+def test_a_blur_that_blurs_nothing_leaves_local_attention_and_one_that_is_zero_leaves_global():
+    a, *rest = parts_of()
+    local, whole = (fuse(a, *rest, gaussian(1), kind=kind) for kind in ("local", "global"))
+    for blur in ("spatial", "official"):
+        for same in (gaussian(1), gaussian(7, sigma=1e-3)):
+            assert (fuse(a, *rest, same, blur) - local).abs().max() < 1e-12
+        assert (fuse(a, *rest, torch.zeros(1), blur) - whole).abs().max() < 1e-12
+    assert rms(local, whole) > 0.01
+
+
+def test_a_blur_that_keeps_the_mean_alone_adds_the_means_difference():
+    a, x, grid, *rest = parts_of()
+    local, whole = (fuse(a, x, grid, *rest, gaussian(1), kind=kind) for kind in ("local", "global"))
+    flat = torch.full((31,), 1 / 16)                                   # taps that reach from any token to any other
+    want = whole + (local - whole).mean(dim=1, keepdim=True)
+    assert (fuse(a, x, grid, *rest, flat) - want).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("blur", ["spatial", "official"])
+def test_one_window_that_covers_the_map_is_plain_attention(blur):
+    a, x, grid, *_ = parts_of()
+    starts = [place_windows(grid, grid, seeded())] * len(x)
+    assert (fuse(a, x, grid, grid, starts, gaussian(7), blur) - a(x, a.keys_values(x))).abs().max() < 1e-12
+    scale = Scale(settings(NATIVE, NATIVE), (NATIVE, NATIVE), True, [[seeded()]])
+    x = randn(1, NATIVE ** 2, 16, dtype=torch.float64)
+    assert torch.equal(scale(a, x, (NATIVE, NATIVE)), a(x, a.keys_values(x)))
+
+
+def sizes(count: int) -> list[tuple[int, int]]:
+    some = torch.randint(8, 50, (count - 4, 2), generator=seeded()).tolist()
+    return [(16, 64), (64, 16), (17, 68), (9, 33), *map(tuple, some)]
+
+
+@pytest.mark.parametrize("grid", sizes(40), ids=str)
+def test_windows_are_a_partition_of_unity_at_any_size(grid):
+    same = types.SimpleNamespace(split=lambda x: x, attend=lambda q, k, v: v)      # "attention" that returns the values
+    for side in (8, 7, 16):
+        window = min(side, grid[0]), min(side, grid[1])
+        starts = [place_windows(grid, window, seeded(k)) for k in range(2)]
+        v = randn(2, *grid, 3)
+        assert (attend_windows(same, v, v, v, window, starts) - v).abs().max() < 1e-6
+        assert all((s >= 0).all() and (s + torch.tensor(window) <= torch.tensor(grid) + 2 * torch.tensor(
+            [w // 8 for w in window])).all() for s in starts)
+
+
+def test_windows_stray_by_an_eighth_and_their_number_is_the_papers():
+    for r in (2, 4, 8):
+        assert len(place_windows((16 * r, 16 * r), (16, 16), seeded())) == (2 * r - 1) ** 2
+    many = torch.stack([place_windows((32, 64), (16, 16), seeded(k)) for k in range(200)]).unflatten(1, (3, 7))
+    assert many[..., 0].amin((0, 2)).tolist() == [0, 8, 18] and many[..., 0].amax((0, 2)).tolist() == [2, 12, 20]
+    assert many[..., 1].amin((0, 1)).tolist() == [0, 8, 16, 24, 32, 40, 50]
+    assert many[..., 1].amax((0, 1)).tolist() == [2, 12, 20, 28, 36, 44, 52]
+    assert len({tuple(m.flatten().tolist()) for m in many}) == 200
+
+
+def test_uniform_attention_gives_means_of_windows():
+    a, x, grid, window, _ = parts_of(rows=1)
+    a.to_q.weight.zero_()
+    starts = [torch.tensor([[i, j] for i in (1, 5, 9) for j in (1, 5, 9)])]        # on the map itself: the padding is 1
+    v = a.to_v(x).unflatten(1, grid)[0]
+    want, count = torch.zeros_like(v), torch.zeros(*grid, 1)
+    for i, j in (starts[0] - 1).tolist():
+        want[i:i + 8, j:j + 8] += v[i:i + 8, j:j + 8].mean((0, 1))
+        count[i:i + 8, j:j + 8] += 1
+    got = fuse(a, x, grid, window, starts, gaussian(1), kind="local")
+    assert (got - a.to_out[0]((want / count).flatten(0, 1))).abs().max() < 1e-12
+
+
+def test_queries_keys_values_and_output_once_equal_every_window_by_itself():
+    a, x, grid, window, starts = parts_of()
+    padded = F.pad(x.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
+    want, count = torch.zeros_like(padded), torch.zeros(*padded.shape[:3], 1)
+    for row in range(len(x)):
+        for i, j in starts[row].tolist():
+            h = padded[row:row + 1, i:i + 8, j:j + 8].flatten(1, 2)
+            want[row, i:i + 8, j:j + 8] += a(h, a.keys_values(h)).unflatten(1, window)[0]
+            count[row, i:i + 8, j:j + 8] += 1
+    want = (want / count)[:, 1:-1, 1:-1].flatten(1, 2)
+    assert (fuse(a, x, grid, window, starts, gaussian(1), kind="local") - want).abs().max() < 1e-12
+
+
+def test_one_blur_of_the_difference_is_two_blurs_and_separate_axes_are_one_kernel():
+    local, whole = randn(1, 9, 7, 6, dtype=torch.float64), randn(1, 9, 7, 6, seed=1, dtype=torch.float64)
+    for k in (3, 7, 15):
+        taps = gaussian(k)
+        blurred, blurred_whole, difference = (smooth(x, taps, (1, 2, 3)) for x in (local, whole, local - whole))
+        assert (blurred + whole - blurred_whole - (whole + difference)).abs().max() < 1e-12
+        kernel = taps[:, None, None] * taps[:, None] * taps
+        want = F.conv3d(local[:, None], kernel[None, None], padding=k // 2)[:, 0]
+        assert (blurred - want).abs().max() < 1e-12
+
+
+def test_the_official_blur_leaks_into_neighbouring_channels_and_the_spatial_one_does_not():
+    impulse = torch.zeros(1, 5, 5, 5)
+    impulse[0, 2, 2, 2] = 1
+    official, spatial = (smooth(impulse, gaussian(3), dims)[0, 2, 2].tolist() for dims in ((1, 2, 3), (1, 2)))
+    assert official == pytest.approx([0, .0560, .0923, .0560, 0], abs=5e-5)
+    assert [spatial[c] for c in (0, 1, 3, 4)] == [0] * 4 and spatial[2] == pytest.approx(gaussian(3)[1].item() ** 2)
+
+
+def test_the_output_projection_may_follow_the_spatial_blur():
+    a, x, grid, window, starts = parts_of()
+    local, whole = (fuse(a, x, grid, window, starts, gaussian(1), kind=kind).unflatten(1, grid)
+                    for kind in ("local", "global"))
+    want = (whole + smooth(local - whole, gaussian(3), dims=(1, 2))).flatten(1, 2)
+    got, official = (fuse(a, x, grid, window, starts, gaussian(3), blur) for blur in ("spatial", "official"))
+    assert (got - want).abs().max() < 1e-12 and rms(official, got) > 0.01
+
+
+def test_interleaved_parts_are_a_permutation_and_one_part_is_all_of_it():
+    same = types.SimpleNamespace(split=lambda x: x, attend=lambda q, k, v: v)
+    for grid in ((16, 16), (9, 20)):
+        v = randn(2, *grid, 3)
+        for parts in ((1, 1), (2, 2), (2, 3)):
+            assert torch.equal(attend_parts(same, v, v, v, parts), v)
+    a, x, grid, *_ = parts_of()
+    q, k, v = (p(x).unflatten(1, grid) for p in (a.to_q, a.to_k, a.to_v))
+    assert (a.to_out[0](attend_parts(a, q, k, v, (1, 1))).flatten(1, 2) - a(x, a.keys_values(x))).abs().max() < 1e-12
+    part = slice(None), slice(1, None, 2), slice(0, None, 2)
+    h = x.unflatten(1, grid)[part].flatten(1, 2)
+    assert (a.to_out[0](attend_parts(a, q, k, v, (2, 2)))[part].flatten(1, 2) -
+            a(h, a.keys_values(h))).abs().max() < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------- dilated convolutions
+
+def test_dilation_is_an_ordinary_convolution_of_every_phase_and_1_is_the_identity():
+    x = randn(1, 4, 12, 10, dtype=torch.float64)
+    for stride in (1, 2):
+        conv = make(torch.nn.Conv2d, 4, 4, 3, stride, 1).double()
+        assert torch.equal(convolve(conv, x, (1, 1)), conv(x)) and torch.equal(convolve(conv, x, None), conv(x))
+    conv = make(torch.nn.Conv2d, 4, 4, 3, 1, 1).double()
+    out, tall = convolve(conv, x, (2, 2)), convolve(conv, x, (2, 1))
+    for i in range(2):
+        for j in range(2):
+            assert (out[:, :, i::2, j::2] - conv(x[:, :, i::2, j::2])).abs().max() < 1e-14
+        assert (tall[:, :, i::2] - conv(x[:, :, i::2])).abs().max() < 1e-14
+    double = lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert (convolve(conv, double(x), (2, 2)) - double(conv(x))).abs().max() < 1e-14
+    down = make(torch.nn.Conv2d, 4, 4, 3, 2, 1).double()
+    once = F.conv2d(x[:, :, ::2, ::2], down.weight, down.bias, padding=1)
+    assert (convolve(down, x, (2, 2)) - once).abs().max() < 1e-14
+
+
+SD_LAYERS = [f"down_blocks.{level}.{layer}" for level, layers in (
+    (1, ["downsamplers.0.conv"]),
+    (2, [f"resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)] + ["downsamplers.0.conv"]),
+    (3, [f"resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)])) for layer in layers]
+MIDDLE = [f"mid_block.resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]
+RESTRAINED = {("sdxl", 2): [n for n in SD_LAYERS if "blocks.3" not in n and n != "down_blocks.2.downsamplers.0.conv"],
+              ("sd15", 2): SD_LAYERS, ("sd21", 2): SD_LAYERS, ("tiny", 2): SD_LAYERS,
+              ("sd15", 3): [n for n in SD_LAYERS if "blocks.3" in n or n == "down_blocks.2.downsamplers.0.conv"]}
+
+
+@pytest.mark.parametrize("family,level", RESTRAINED)
+def test_exactly_the_published_layers_are_dilated_along_each_axis_by_its_own_factor(family, level, monkeypatch):
+    c, seen = CONFIGS[family], []
+    scale = Scale(FreeScale(((64, 64),), native=8, attention="global", dilate_from=level), (32, 16), dilated=True)
+    with torch.device("meta"):
+        unet = UNet(c)
+        names = {conv: name for name, conv in unet.named_modules()}
+
+        def noting(conv, x, dilation):
+            seen.extend([(names[conv], dilation)] * (dilation is not None))
+            return convolve(conv, x, dilation)
+        monkeypatch.setattr("unet.convolve", noting)
+        unet(torch.empty(1, 4, 32, 16), torch.empty(1), torch.empty(1, 5, c.context_dim),
+             torch.empty(1, c.add_dim) if c.add_dim else None, freescale=scale)
+    assert [name for name, _ in seen] == RESTRAINED[family, level] + MIDDLE
+    assert {dilation for _, dilation in seen} == {(4, 2)}
+
+
+# -------------------------------------------------------------------------------------------------------- the cascade
+
+def factor(alpha: float, t: float) -> float:
+    stage = Stage(settings(), (16, 16), 50, [], alpha)
+    return stage.mix(torch.zeros(1).double(), torch.ones(1).double(), torch.zeros(1).double(), 1.0, t, 1000).item()
+
+
+def test_the_detail_factor_falls_from_1_to_0_and_is_a_half_to_the_alpha_in_the_middle():
+    for alpha in (0.5, 1.0, 2.0, 3.0):
+        c = [factor(alpha, t) for t in range(1000, -1, -50)]
+        assert c[0] == 1 and c[-1] == 0 and c[10] == pytest.approx(2 ** -alpha) and c == sorted(c, reverse=True)
+    assert {factor(0.0, t) for t in (1, 500, 1000)} == {1.0}
+    assert {factor(math.inf, t) for t in (0, 1, 500, 999)} == {0.0}
+
+
+def test_at_the_restart_mixing_changes_nothing():
+    init, noise, p = randn(1, 4, 16, 16), randn(1, 4, 16, 16, seed=1), plan("ddim", 50)
+    stage = settings().start((16, 16), 50, [seeded()])
+    i = settings().first_step(50)
+    x = math.sqrt(p.now[i]) * init + math.sqrt(1 - p.now[i]) * noise
+    assert i == 15 and p.times[i] == 681
+    assert (stage.mix(x, init, noise, p.now[i], p.times[i], 1000) - x).abs().max() < 1e-6
+    assert [settings(restart=r).first_step(n) for r, n in
+            ((0.29, 100), (0.3, 10), (0.5, 4), (0.0, 5), (0.7, 10))] == [29, 3, 2, 0, 7]
+
+
+def test_the_restart_has_the_law_of_the_forward_process():
+    init, seen = torch.full((1, 4, 64, 64), 3.0), []
+    list(generate(lambda x, t, *_, **__: seen.append(x) or x, randn(1, 4, 64, 64), randn(1, 5, 8), steps=50, init=init,
+                  freescale=settings(64, 64), generators=[seeded()]))
+    a = plan("ddim", 50).now[15]
+    assert seen[0].mean().item() == pytest.approx(3 * math.sqrt(a), abs=0.03)
+    assert seen[0].var().item() == pytest.approx(1 - a, rel=0.05) and len(seen) == 35
+
+
+def test_variance_preserving_and_exploding_coordinates_give_the_same_run():
+    init, noise = randn(1, 4, 8, 8, dtype=torch.float64), randn(1, 4, 8, 8, seed=1, dtype=torch.float64)
+    model = lambda x, t, *_, **__: torch.sin(x) * (1 + t.double() / 1000)
+    *_, (_, got) = generate(model, noise, randn(1, 5, 8).double(), steps=50, sampler="euler", spacing="leading",
+                            init=init, freescale=settings(8, 8), generators=[seeded()])
+    p = plan("euler", 50, spacing="leading")
+    sigma = [math.sqrt((1 - a) / a) for a in (*p.now, 1.0)]
+    x = init + sigma[15] * noise
+    for i in range(15, 50):                                            # Euler on x / sqrt(alpha), mixing included
+        c = ((1 + math.cos(math.pi * (1000 - p.times[i]) / 1000)) / 2) ** 2
+        x = (1 - c) * x + c * (init + sigma[i] * noise)
+        eps = model(x / math.sqrt(1 + sigma[i] ** 2), torch.tensor(p.times[i]))
+        x = x + (sigma[i + 1] - sigma[i]) * eps
+    assert (got - x).abs().max() < 1e-12
+
+
+def test_detail_0_repeats_the_picture_up_to_the_last_step():
+    init, noise, seen = randn(1, 4, 16, 16), randn(1, 4, 16, 16, seed=1), []
+    list(generate(lambda x, *_, **__: seen.append(x) or 0.1 * x, noise, randn(1, 5, 8), steps=10, init=init,
+                  freescale=settings(detail=0.0), generators=[seeded()]))
+    for x, a in zip(seen, plan("ddim", 10).now[3:], strict=True):
+        assert (x - math.sqrt(a) * init - math.sqrt(1 - a) * noise).abs().max() < 1e-6
+
+
+def test_a_second_stage_of_the_training_size_is_img2img():
+    free = settings(NATIVE, NATIVE, detail=math.inf)
+    for sampler in SAMPLERS:
+        a, b = (run(f, NATIVE, NATIVE, steps=10, strength=0.7, sampler=sampler) for f in (free, None))
+        if sampler != "euler-a":                         # whose noise is drawn after the windows' seeds
+            assert len(a) == len(b) == 7 and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> StableDiffusion:
+    return StableDiffusion.load(TINY)
+
+
+def test_one_resolution_is_bit_equal_to_plain_sampling(tiny):
+    plain = tiny.sample("a red circle", steps=2, seed=3)
+    assert torch.equal(tiny.sample("a red circle", steps=2, seed=3, freescale=FreeScale(((64, 64),))), plain)
+
+
+def test_the_same_seed_gives_the_same_picture_whatever_the_global_generator_did(tiny):
+    free = FreeScale(((32, 32), (32, 64)), native=8)
+    a = tiny.sample(["a red circle", "a star"], steps=3, seed=3, freescale=free)
+    torch.randn(5)
+    b, c = (tiny.sample(["a red circle", "a star"], steps=3, seed=s, freescale=free) for s in (3, 8))
+    alone = tiny.sample("a star", steps=3, seed=4, freescale=free)
+    assert a.shape == (2, 4, 8, 16) and torch.equal(a, b) and rms(c, a) > 0.1
+    assert rms(alone, a[1:]) < 1e-4                      # windows are an image's own, not the batch's
+
+
+def test_stages_run_as_many_steps_as_they_should_and_see_the_first_stages_size(tiny, monkeypatch):
+    calls, conditions, steps, condition = [], [], [], tiny.conditions
+
+    def noting(self, x, *_, freescale=None):
+        calls.append((tuple(x.shape[2:]), None if freescale is None else freescale.dilated))
+        return torch.zeros_like(x)
+
+    def noting_too(prompt, batch, height, width):
+        conditions.append((height, width))
+        return condition(prompt, batch, height, width)
+    monkeypatch.setattr(UNet, "forward", noting)
+    monkeypatch.setattr(tiny, "conditions", noting_too)
+    tiny.sample("a star", steps=50, freescale=FreeScale(((64, 64), (128, 128))), callback=lambda i, _: steps.append(i))
+    assert conditions == [(64, 64)] * 2
+    assert calls == [((16, 16), None)] * 50 + [((32, 32), True)] * 20 + [((32, 32), False)] * 15
+    assert steps == [*range(50), *range(65, 100)]
+
+
+def test_enlarging_in_rgb_and_in_latent_space_keep_the_picture(tiny):
+    x = tiny.sample("a red circle", steps=8, cfg_scale=4, seed=1)
+    small = F.interpolate(tiny.decode(x), (64, 128), mode="bicubic")
+    for how in ("rgb", "latent"):
+        large = tiny.sample("a red circle", steps=2, init=x, freescale=FreeScale(
+            ((64, 64), (64, 128)), upsample=how, detail=0.0, restart=0.5))
+        assert large.shape == (1, 4, 16, 32)
+        assert (tiny.decode(large) - small).abs().mean() < 0.1
+
+
+def test_a_map_of_detail_acts_where_it_says():
+    alpha = torch.full((128, 128), math.inf)
+    alpha[:, 64:] = 0
+    stage = settings(detail=alpha).start((16, 16), 10, [seeded()])
+    x, init, noise = (randn(1, 4, 16, 16, seed=k) for k in range(3))
+    out = stage.mix(x, init, noise, 0.5, 500, 1000)
+    assert torch.equal(out[..., :8], x[..., :8])
+    assert (out - math.sqrt(0.5) * (init + noise))[..., 8:].abs().max() < 1e-6
+    even, number = (run(settings(detail=d))[-1] for d in (torch.full((128, 128), 2.0), 2.0))
+    assert rms(even, number) < 1e-5
+    assert torch.isfinite(run(settings(detail=alpha))[-1]).all()
+
+
+# -------------------------------------------------------------------------------------------------------- composition
+
+FREEU = FreeU(1.1, 1.2, 0.6, 0.4, version=1)
+CACHES = [DeepCache(2, 2), FasterDiffusion(2), FasterDiffusion(2, parallel=True)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+def test_every_sampler_and_family_runs_with_fusion_that_acts(sampler, config):
+    free = settings(12, 20)
+    with_it, without = (run(f, 12, 20, config=config, sampler=sampler, strength=0.75)[-1] for f in (free, None))
+    assert with_it.isfinite().all() and rms(with_it, without) > 1e-3
+
+
+@pytest.mark.parametrize("more", [dict(fast=True), dict(blur="official"), dict(attention="local"), dict(dilate=0.0),
+                                  dict(attention="global"), dict(attention="global", fast=True), dict(detail=0.5)],
+                         ids=str)
+def test_every_setting_changes_the_result(more):
+    assert rms(run(settings(**more))[-1], run(settings())[-1]) > 1e-4
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_freeu_and_caches_compose_with_it(cache):
+    full, cached, plain = (run(settings(), freeu=f, cache=c, steps=6)[-1]
+                           for f, c in ((FREEU, None), (FREEU, cache), (None, None)))
+    assert cached.isfinite().all() and 1e-5 < rms(cached, full) and rms(full, plain) > 1e-3
+    every = replace(cache, **({"interval": 1} if isinstance(cache, DeepCache) else {"keys": 1}))
+    assert torch.equal(run(settings(), freeu=FREEU, cache=every)[-1], run(settings(), freeu=FREEU)[-1])
+
+
+def test_parallel_faster_diffusion_draws_the_windows_of_the_serial_one():
+    for batch, more in ((1, {}), (2, {"max_batch": 8})):
+        a, b = (run(settings(), batch=batch, steps=6, cache=FasterDiffusion(3, parallel=p, **more), freeu=FREEU)[-1]
+                for p in (False, True))
+        assert rms(a, b) < 1e-5
+
+
+# of the official code's crashes, with 8 latent pixels for 1024: 1024x1536, 2048x1152, 2048x1536, 1664x2432, 768x768;
+# and extremes
+@pytest.mark.parametrize("size", [(8, 12), (16, 9), (16, 12), (13, 19), (6, 6), (8, 32), (33, 8), (17, 23), (3, 40)],
+                         ids=str)
+def test_every_aspect_ratio_works_also_those_that_crash_the_official_code(size):
+    for more in ({}, {"fast": True, "blur": "official"}):
+        assert run(settings(*size, **more), *size, steps=2)[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_finite_and_close(dtype):
+    x, t, context = randn(1, 4, 16, 16), torch.tensor([500]), randn(1, 5, 8)
+    for blur in ("spatial", "official"):
+        stage = settings(blur=blur).start((16, 16), 10, [seeded()])
+        full = UNETS[NARROW](x, t, context, freescale=stage.at(0))
+        half = make(UNet, NARROW).to(dtype)(x.to(dtype), t, context.to(dtype), freescale=stage.at(0))
+        assert half.dtype == dtype and half.isfinite().all() and rms(half.float(), full) < 0.05
+
+
+def test_off_is_bit_equal_and_a_native_map_too():
+    x, t, context = randn(2, 4, NATIVE, NATIVE), torch.tensor([500]), randn(2, 5, 8)
+    plain = UNETS[NARROW](x, t, context)
+    stage = settings(NATIVE, NATIVE).start((NATIVE, NATIVE), 10, [seeded()])
+    assert torch.equal(UNETS[NARROW](x, t, context, freescale=None), plain)
+    assert torch.equal(UNETS[NARROW](x, t, context, freescale=stage.at(0)), plain)
+
+
+def test_a_steps_windows_are_the_same_however_often_it_is_asked_for():
+    x, t, context = randn(1, 4, 16, 16), torch.tensor([500]), randn(1, 5, 8)
+    stage = settings().start((16, 16), 10, [seeded()])
+    a, b, other = (UNETS[NARROW](x, t, context, freescale=stage.at(i)) for i in (2, 2, 3))
+    both = UNETS[NARROW](x.repeat(2, 1, 1, 1), t, context.repeat(2, 1, 1), freescale=stage.at(2))
+    assert torch.equal(a, b) and rms(other, a) > 1e-4
+    assert rms(both[:1], a) < 1e-5 and rms(both[1:], a) < 1e-5         # halves of guidance share windows
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+def test_guidance_in_two_passes_is_guidance_in_one_batch(config):
+    for more in ({}, dict(cache=DeepCache(2, 1)), dict(cache=FasterDiffusion(2, parallel=True, alpha=0.003))):
+        one, two = (run(settings(), batch=2, config=config, freeu=FREEU, low_memory=low, **more)[-1]
+                    for low in (False, True))
+        assert rms(two, one) < 1e-5
+    assert rms(run(None, config=config, low_memory=True)[-1], run(None, config=config)[-1]) < 1e-5
+
+
+def test_gradients_pass_through_scale_fusion():
+    x = randn(1, 4, 16, 16).requires_grad_()
+    stage = settings().start((16, 16), 10, [seeded()])
+    UNETS[NARROW](x, torch.tensor([500]), randn(1, 5, 8), freescale=stage.at(0)).square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+
+
+# -------------------------------------------------------------------------------------------------------- bad settings
+
+@pytest.mark.parametrize("more,words", [
+    (dict(resolutions=()), "at least one resolution"),
+    (dict(resolutions=((64, 100),)), "100x64 is not of multiples of 8; the nearest is 96x64"),
+    (dict(resolutions=((128, 128), (64, 256))), "must not fall, but 128x128 is followed by 256x64"),
+    (dict(restart=1.0), "restart is a fraction"), (dict(dilate=1.5), "dilate is a fraction"),
+    (dict(dilate_from=0), "level from 1 up"), (dict(upsample="pixels"), "rgb or latent"),
+    (dict(blur="gauss"), "spatial or official"), (dict(attention="none"), "fused or global or local"),
+    (dict(detail=-1.0), "0 or more"), (dict(detail=math.nan), "0 or more"),
+    (dict(detail=torch.ones(64, 32)), "(64, 32), not (height, width) of one of the resolutions (64x64)"),
+    (dict(detail=-torch.ones(64, 64)), "0 or more everywhere")])
+def test_bad_settings_are_named(more, words):
+    with pytest.raises(ValueError) as error:
+        FreeScale(**{"resolutions": ((64, 64),), **more})
+    assert words in str(error.value)
+
+
+def test_what_the_loop_needs_is_named(tiny):
+    for free, more, words in ((settings(), dict(init=None), "pass it as init"),
+                              (settings(), dict(generators=None), "one per image"),
+                              (replace(settings(), native=None), {}, "pass native")):
+        with pytest.raises(ValueError, match=words):
+            run(free, **more)
+    with pytest.raises(ValueError, match="ends with 128x128, so leave height and width"):
+        tiny.sample("a star", steps=1, height=64, freescale=FreeScale(((64, 64), (128, 128))))
+
+
+def test_the_schedule_of_the_restart_is_the_models():
+    x = [run(settings(), schedule=NoiseSchedule(beta_end=b))[-1] for b in (0.012, 0.02)]
+    assert rms(*x) > 1e-2
