@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from freescale import gaussian, place_windows, smooth
 from freeu import FreeU
-from unet import Attention, UNet
+from unet import Attention, AttentionMasks, UNet
 
 Model = Callable[..., Tensor]
 T = 1000                                                               # training timesteps
@@ -32,14 +32,14 @@ class Changes:
     down, mid, up: by how much the convolutions of a level's ResBlocks and resampler are dilated (up: by decoder level,
         0 deepest); a level that isn't named: not at all.
     skip_rows: down units (resamplers) that see every second pixel only. pool: down units whose result is halved.
-    attention: stands in for self-attention, called with (attention, x, grid).
+    attention: stands in for self-attention, called with (attention, x, grid, masks).
     """
     down: dict[int, float] = field(default_factory=dict)
     mid: float = 1
     up: dict[int, float] = field(default_factory=dict)
     skip_rows: tuple[int, ...] = ()
     pool: tuple[int, ...] = ()
-    attention: Callable[[Attention, Tensor, tuple[int, int]], Tensor] | None = None
+    attention: Callable[[Attention, Tensor, tuple[int, int], AttentionMasks], Tensor] | None = None
 
 
 def forward(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | None, changes: Changes,
@@ -61,13 +61,13 @@ def forward(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | N
         else:
             h = resnet(unit.resnet, h, shift, p)
             if unit.attention is not None:
-                h = unit.attention(h, keys_values, changes.attention)
+                h = unit.attention(h, keys_values, freescale=changes.attention)
         if i in changes.pool:
             h = F.avg_pool2d(h, 2, ceil_mode=True)
         skips.append(h)
 
     h = resnet(unet.mid_block.resnets[0], h, shifts.mid[0], changes.mid)
-    h = unet.mid_block.attentions[0](h, text.mid, changes.attention)
+    h = unet.mid_block.attentions[0](h, text.mid, freescale=changes.attention)
     h = resnet(unet.mid_block.resnets[1], h, shifts.mid[1], changes.mid)
 
     for i, (unit, shift, keys_values) in enumerate(zip(unet.up_units(), shifts.up, text.up)):
@@ -78,7 +78,7 @@ def forward(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | N
             h, skip = freeu(h, skip, i, unet.config)
         h = resnet(unit.resnet, torch.cat([h, skip], dim=1), shift, p)
         if unit.attention is not None:
-            h = unit.attention(h, keys_values, changes.attention)
+            h = unit.attention(h, keys_values, freescale=changes.attention)
         if unit.resample is not None:
             h = F.interpolate(h, skips[-1].shape[2:], mode="nearest")
             h = redilate(unit.resample.conv, h, p)
@@ -154,7 +154,7 @@ def hidiffusion(unet: UNet, native: int, generator: torch.Generator) -> Model:
     pooled = 1 * per_level                                             # the first unit of level 1
     width = config.channels[first]
 
-    def windows(attention: Attention, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def windows(attention: Attention, x: Tensor, grid: tuple[int, int], masks: AttentionMasks) -> Tensor:
         if x.shape[2] != width or min(grid) < 2:
             return attention(x, attention.keys_values(x))
         return shifted_windows(attention, x, grid, int(torch.randint(4, (1,), generator=generator)))

@@ -207,7 +207,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
                    None if cache is None else cache.start(steps, {start, gate_step}, unet),
                    None if tgate is None else tgate.start(steps, start)[1]) for halves, text, extra in rows]
     drawn = None if masks is None else masks.start(unet, generators, len(noise), 1 + guided)
-    if drawn is not None and drawn.searches and cache is not None and cache.parallel:
+    if drawn is not None and drawn.searches and cache is not None and passes[0].features.parallel:
         raise ValueError("a search for masks needs every step's latents: use the cache without its parallel mode")
 
     def predict(x: Tensor, i: int) -> Tensor:
@@ -256,7 +256,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
             drawn.at(i)
             drawn.search(lambda: x0_and_eps(x, predict(x, i), p.now[i], prediction)[0])  # noqa: B023
         out = predict(x, i)
-        if cache is not None and cache.parallel:
+        if cache is not None and passes[0].features.parallel:
             x = passes[0].features.inject(x, first_x, p.times[i], late=True)
         x = step(i, x, *x0_and_eps(x, out, p.now[i], prediction))
         yield i, x

@@ -37,8 +37,9 @@ from clip_text import TextEncoder, Tokenizer
 from folder import InputError, ModelConfig, build, load_tokenizer, load_weights, read_config, replacing, run_command
 from freescale import FreeScale, enlarge
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
-from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks
+from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks, score_latents
 from memory import free_memory, plan_stages
+from reward import ClipReward
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -334,6 +335,9 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["Skip-Tuning"] = args.skip_tuning
     if args.scale_long is not None:
         pairs["ScaleLong"] = args.scale_long
+    if args.mask_reward is not None:
+        pairs["Mask search"] = (f"{args.mask_reward} iterations {args.mask_iterations} {args.mask_schedule} "
+                                f"{args.mask_keep}")
     if args.masks is not None or args.mask_random is not None:
         chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
         what = f"random {args.mask_random:g}" if args.masks is None else args.masks.name
@@ -418,6 +422,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="threshold, expected: without chance; expected: weights times their probability")
     group.add_argument("--mask-fixed", action="store_true", help="the same chance at every step")
     group.add_argument("--mask-shared", action="store_true", help="the same chance with and without the prompt")
+    group.add_argument("--mask-reward", metavar="clip|FOLDER",
+                       help="search for masks at every step, by the CLIP in the model's folder clip, or in FOLDER")
+    group.add_argument("--mask-iterations", type=int, default=15, metavar="N", help="reward: updates at every step")
+    group.add_argument("--mask-schedule", default="paper", help="reward: paper, N at every step; or released")
+    group.add_argument("--mask-keep", default="last", help="reward: last, the mask after N updates; or best, of all")
+    group.add_argument("--mask-checkpoint", action="store_true", help="reward: less memory, a third more time")
     group = parser.add_argument_group("FreeScale (freescale.py): pictures beyond the training size")
     group.add_argument("--freescale", type=int, choices=[2, 4, 8], metavar="N",
                        help="draw at the model's size (or -W, -H), double it up to N = 2, 4 or 8 times")
@@ -563,8 +573,8 @@ def read_tgate(args: argparse.Namespace) -> TGate | None:
 
 def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | None:
     """The masks that the flags ask for, those of a file only if there is a U-Net yet."""
-    if args.masks is not None and args.mask_random is not None:
-        raise InputError("--masks and --mask-random both mask the weights; give one of them")
+    if sum(given is not None for given in (args.masks, args.mask_random, args.mask_reward)) > 1:
+        raise InputError("--masks, --mask-random and --mask-reward all mask the weights; give one of them")
     if args.masks is not None and not args.masks.is_file():
         raise InputError(f"there is no file {args.masks}; make one: python maskunet.py train")
     try:
@@ -578,6 +588,21 @@ def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | No
         return Masks(source, args.mask_mode, not args.mask_fixed, one_network)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def read_mask_search(args: argparse.Namespace) -> Callable[[VAE, list[str]], MaskSearch] | None:
+    """What makes the search for masks that the flags ask for, for a VAE and the prompts of a batch."""
+    settings = {"iterations": args.mask_iterations, "schedule": args.mask_schedule, "keep": args.mask_keep,
+                "checkpointed": args.mask_checkpoint}
+    try:
+        MaskSearch(lambda x: x, **settings)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if args.mask_reward is None:
+        return None
+    folder = args.model / "clip" if args.mask_reward == "clip" else Path(args.mask_reward)
+    reward = ClipReward.load(folder, args.device)
+    return lambda vae, prompts: MaskSearch(score_latents(vae, reward, prompts), **settings)
 
 
 def read_resolutions(args: argparse.Namespace) -> None:
@@ -790,6 +815,7 @@ def main() -> None:
         if freescale is not None:
             check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
                          torch.device(device))
+        search = read_mask_search(args)
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory)
         settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings, init_image is not None)
@@ -797,6 +823,8 @@ def main() -> None:
 
     def draw(batch: list[int], **changes) -> tuple[Tensor, float]:
         """Pictures of these numbers as latents, with changed settings, and the seconds that sampling took."""
+        if search is not None:
+            changes = {"masks": search(sd.vae, [prompts[k] for k in batch]), **changes}
         with tqdm(total=stages * changes.get("steps", args.steps), desc=f"picture {batch[-1] + 1} of {len(prompts)}",
                   unit="step", leave=False, disable=rank > 0) as bar:
             started = time.perf_counter()

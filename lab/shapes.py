@@ -74,8 +74,11 @@ def is_held_out(scene: Scene) -> bool:
             or any(pair in HELD_OUT_PAIRS for pair in combinations(names, 2)))
 
 
-def random_scene(rng: np.random.Generator, kind: str | None = None, split: str = "all") -> Scene:
-    """A scene of one of the `KINDS`; split "train" shows nothing held out, "unseen" only that, "all" both."""
+def random_scene(rng: np.random.Generator, kind: str | None = None, split: str = "all", neat: bool = False) -> Scene:
+    """A scene of one of the `KINDS`; split "train" shows nothing held out, "unseen" only that, "all" both.
+
+    neat: objects lie in the middle of the picture or of its sides, two of them opposite each other, never alike.
+    """
     if split not in ("train", "unseen", "all"):
         raise ValueError(f"split is 'train', 'unseen' or 'all', not {split!r}")
     if kind is None:
@@ -91,7 +94,8 @@ def random_scene(rng: np.random.Generator, kind: str | None = None, split: str =
             looks = [(_pick(rng, SHAPES), _pick(rng, colors))] * int(rng.integers(2, 5))
         else:
             looks = list(zip(rng.permutation(SHAPES)[:2].tolist(), (_pick(rng, colors), _pick(rng, colors))))
-        things = _spread(rng, looks, rng.uniform(*RADII[len(looks)], len(looks)))
+        radii = rng.uniform(*RADII[len(looks)], len(looks))
+        things = _line_up(rng, looks, radii) if neat else _spread(rng, looks, radii)
         scene = Scene(things, background)
         if (len(things) == len(looks) and split in ("all", "unseen" if is_held_out(scene) else "train")
                 and not (kind == "color_attr" and things[0].color == things[1].color)
@@ -126,6 +130,16 @@ def _spread(rng: np.random.Generator, looks: list[tuple[str, str]], radii: np.nd
                 things.append(Thing(shape, color, x, y, r))
                 break
     return tuple(things)
+
+
+def _line_up(rng: np.random.Generator, looks: list[tuple[str, str]], radii: np.ndarray) -> tuple[Thing, ...]:
+    """One or two objects in the middle of the picture or of its sides, give or take a little; radii of at most 0.2."""
+    slots = {1: [[(0.5, 0.5)], [(0.25, 0.5)], [(0.75, 0.5)], [(0.5, 0.25)], [(0.5, 0.75)]],
+             2: [[(0.25, 0.5), (0.75, 0.5)], [(0.75, 0.5), (0.25, 0.5)], [(0.5, 0.25), (0.5, 0.75)],
+                 [(0.5, 0.75), (0.5, 0.25)]]}[len(looks)]
+    centres = np.array(_pick(rng, slots)) + rng.uniform(-0.02, 0.02, (len(looks), 2))
+    return tuple(Thing(shape, color, x, y, min(r, 0.2)) for (shape, color), (x, y), r
+                 in zip(looks, centres.tolist(), radii.tolist()))
 
 
 # ------------------------------------------------------------------------------------------------------ captions

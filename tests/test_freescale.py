@@ -79,10 +79,10 @@ def test_a_block_with_scale_fusion_equals_the_official_one(block, case):
     window, starts = tuple((views[0, 1::2] - views[0, ::2]).tolist()), [views[:, ::2]] * len(x)
     parts = (2, 2) if facts["fast"] else (1, 1)
 
-    def fused(attention, h, grid):
+    def fused(attention, h, grid, masks):
         return fuse(attention, h, grid, window, starts, gaussian(facts["ksize"]), "official", parts)
     text, grid = block.attn2.keys_values(golden("ctx")), (facts["h"], facts["w"])
-    assert (block(x, text, grid, fused) - golden(f"{case}.out")).abs().max() <= 2e-5
+    assert (block(x, text, grid, freescale=fused) - golden(f"{case}.out")).abs().max() <= 2e-5
     h = block.norm1(x)
     for kind in ("local", "global"):
         got = fuse(block.attn1, h, grid, window, starts, gaussian(1), parts=parts, kind=kind)
