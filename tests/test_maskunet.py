@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from maskunet import (
     save_masks,
     score_latents,
 )
+from reward import ClipReward
 from sampler import SAMPLERS, generate
 from train_masks import Training, noised, read_batches, read_pairs, train
 from train_masks import main as train_main
@@ -840,3 +842,31 @@ def test_other_errors_of_a_score_are_not_hidden():
 def test_bad_search_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         MaskSearch(nearness, **settings)
+
+
+# ------------------------------------------------------------------------------------- the search by a reward, by flags
+
+TINY_PICTURE = ["a red circle", "--steps", 2, "--device", "cpu", "--mask-reward", "clip", "--mask-iterations", 2]
+
+
+def test_a_search_by_the_models_own_clip_runs_from_the_command_line_and_raises_the_score(tmp_path, command):
+    scores = {}
+    reward = ClipReward.load(txt2img.TINY / "clip")
+    for name, flags in {"none": ["--mask-iterations", 0], "search": ["--mask-iterations", 6]}.items():
+        code, _, err = command(txt2img.main, *TINY_PICTURE, *flags, "--mask-checkpoint",
+                               "--out", tmp_path / f"{name}.png")
+        assert code == 0, err
+        with Image.open(tmp_path / f"{name}.png") as file:
+            pixels = torch.from_numpy(np.asarray(file).copy()).permute(2, 0, 1)[None] / 255
+            assert "Mask search: clip iterations" in file.info["parameters"]
+        scores[name] = reward(pixels, ["a red circle"]).item()
+    assert scores["search"] > scores["none"]
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--mask-reward", "nowhere"], "nowhere"), (["--mask-random", 0.5], "give one of them"),
+    (["--mask-iterations", -1], "0 or more"), (["--mask-schedule", "often"], "paper or released"),
+    (["--mask-keep", "first"], "last or best")])
+def test_bad_search_flags_end_in_one_clear_line(flags, words, tmp_path, command):
+    code, _, err = command(txt2img.main, *TINY_PICTURE, "--out", tmp_path / "o.png", *flags)
+    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())
