@@ -637,13 +637,13 @@ def show(path: str, columns: int = 6, size: int = 128) -> None:
 def check(n: int) -> None:
     """Prints, per kind and size, the share of drawings whose objects are read back right and judged to fit."""
     for kind in KINDS:
-        for size in (64, 128):
+        for height, width in ((64, 64), (128, 128), (256, 256), (64, 96)):
             rng = np.random.default_rng(0)
             scenes = [random_scene(rng, kind) for _ in range(n)]
-            images = [draw(scene, size, size) for scene in scenes]
+            images = [draw(scene, height, width) for scene in scenes]
             right = [same_things(read(image), scene.things) and judge(image, caption(scene, rng), strict=True).ok
                      for image, scene in zip(images, scenes)]
-            print(f"{kind:12s}{size:4d} px  {np.mean(right):.4f}")
+            print(f"{kind:12s}{width:4d}x{height:<4d}  {np.mean(right):.4f}", flush=True)
 
 
 def main() -> None:
