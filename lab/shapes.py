@@ -199,7 +199,7 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) ->
     if n == 2:
         a, b = things if rng.random() < 0.5 else things[::-1]
         relation = clear_relation(a, b) if says(0.65) or kind == "position" else None
-        # saying where each of them is leads a model to sides more easily than the relation alone
+        # without a relation, the place of either may be said: two words that mean what a relation means
         places = [place(t) if relation is None and says(0.8) else None for t in (a, b)]
         return Request(tuple(ask(t, place=p if (t.shape, p) not in HELD_OUT_PLACES else None)
                              for t, p in zip((a, b), places)), relation, background)

@@ -324,8 +324,8 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], tokenizer: clip_text.Tokeni
                seed: int, device: torch.device, finish: Callable[[TextToNoise, Run], None]) -> None:
     """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance.
 
-    In the second half of the steps, every other scene is a neat one: where such an object lies, its caption can say
-    nearly exactly, so that words for sides explain much of the picture.
+    In the second half of the steps, every other scene is a neat one, whose caption can say nearly exactly where
+    objects lie. (Meant to teach words for sides; it didn't, see lab/README.md.)
 
     The text encoder is trained with it, not taken from CLIP. finish(averaged weights, run): at each checkpoint.
     """
@@ -413,7 +413,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")
     parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
-    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps of stage 3 (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of stage 3 (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
     parser.add_argument("--score-n", type=int, default=8, help="prompts judged, per kind and half, at each checkpoint")
