@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[dict]:
             where = f"{path}, line {number}"
             if line.strip():
                 row = json.loads(line) if path.suffix == ".jsonl" else {"kind": "file", "prompt": line.strip()}
-                shapes.parse(row["prompt"])
+                shapes.verdict((), "white", shapes.parse(row["prompt"]), 64, 64)       # can it be judged?
                 rows.append({"kind": str(row["kind"]), "seen": row.get("seen"), "prompt": row["prompt"]})
     except OSError as error:
         raise InputError(f"can't read the prompts in {path} ({error.strerror})") from None
@@ -103,6 +103,9 @@ def measure(sd: StableDiffusion, reward: ClipReward | None, rows: list[dict], se
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = path.with_name(f".{path.name}.{rank}-of-{world}.jsonl")
     done = read_notes(path, made_with)
+    if mine.exists():                                                  # without a last line that was cut short
+        text = mine.read_text(encoding="utf-8")
+        mine.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
     todo = [k for k in range(rank, len(rows), world) if k not in done]
     with mine.open("a", encoding="utf-8") as notes, tqdm(total=len(todo), unit="picture", disable=rank > 0) as bar:
         if not notes.tell():
@@ -363,7 +366,7 @@ def main() -> None:
     elif not clip.exists():
         print(f"note: there is no {clip}, a CLIP of the drawn world: no CLIP score and no Frechet distance")
     made_with = {"model": fingerprint(args.model), "dtype": str(args.dtype),
-                 "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "seed": args.seed,
+                 "bench": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "seed": args.seed,
                  "settings": {name: value if isinstance(value, (int, float, str, type(None))) else repr(value)
                               for name, value in settings.items()}}
     sd = StableDiffusion.load(args.model, args.device, args.dtype)

@@ -95,7 +95,7 @@ def test_a_stopped_run_goes_on_where_it_was(bench, result):
     first = [*QUICK, "--bench", bench, "--out", bench.with_name("again.json")]
     assert run(*first).returncode == 0
     notes, made = bench.with_name(".again.json.0-of-1.jsonl"), json.loads(bench.with_name("again.json").read_text())
-    header = {name: made[name] for name in ("model", "dtype", "rows", "seed", "settings")}
+    header = {name: made[name] for name in ("model", "dtype", "bench", "seed", "settings")}
     kept = [{"k": k, "seed": k, "seconds": 1.0, "ok": True, "strict": True, "clip": 0.5, "features": []}
             for k in range(4)]
     notes.write_text("\n".join(map(json.dumps, [header, *kept])) + "\n" + '{"k": 4, "see')
