@@ -153,8 +153,11 @@ def test_tiles_normalised_by_a_thumbnail_have_the_contrast_of_the_whole():
     rms = lambda x: x.square().mean().sqrt().item()
     tiles = torch.cat([vae.decode(z[:, :, i:i + 16, j:j + 16]) for i in (0, 16, 32) for j in (0, 16, 32)])
     by_themselves = tiles.unflatten(0, (3, 3)).permute(2, 0, 3, 1, 4).reshape(1, 3, 192, 192)
-    assert rms(tiled - whole) < 0.06 and rms(by_themselves - whole) > 0.1       # measured: 0.047 and 0.113
-    assert rms(vae.encode(image, 16)[0] - z) < 0.12 * rms(z)                    # measured: 0.094
+    assert rms(tiled - whole) < 0.6 * rms(by_themselves - whole)                # measured: 0.018 and 0.039
+    corners = [(i, j) for i in (0, 64, 128) for j in (0, 64, 128)]
+    tiles = torch.cat([vae.encode(image[:, :, i:i + 64, j:j + 64])[0] for i, j in corners])
+    by_themselves = tiles.unflatten(0, (3, 3)).permute(2, 0, 3, 1, 4).reshape(z.shape)
+    assert rms(vae.encode(image, 16)[0] - z) < 0.6 * rms(by_themselves - z)     # measured: 0.170 and 0.393
 
 
 def test_memory_of_tiled_coding_does_not_grow_with_the_image():
