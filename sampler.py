@@ -241,10 +241,10 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     for i in range(start, steps):
         if i == gate_step:                                             # a key step of any cache
             dropped = guided and tgate.guidance == "drop"
-            last, other = passes[-1], passes[0] if len(passes) > 1 else None
+            first, last = passes[0], passes[-1]                        # the same where both halves are one batch
             for run in passes:
                 if run.gate is not None:
-                    run.gate.close(other and other.gate, average=dropped and run is last)
+                    run.gate.close(None if first is last else first.gate, average=dropped and run is last)
             if dropped:                                                # only the prompt's rows go on
                 guided = False
                 passes = [Pass((1,), *prepare(unet, context, p, added), added, last.features, last.gate)]

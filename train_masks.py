@@ -83,6 +83,16 @@ class Training:
                             "step": self.step, "curve": self.curve, "facts": self.facts}, part)
 
 
+def join(device: torch.device) -> torch.device:
+    """Join the other processes where torchrun started this one; the device that is this one's."""
+    if "RANK" in os.environ:                                           # started by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    return device
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -229,12 +239,7 @@ def main() -> None:
     except OSError as error:
         raise InputError(f"can't write to {args.out.parent} ({error.strerror}); choose another --out") from None
     warnings.showwarning = lambda message, *_: tqdm.write(f"note: {message}", file=sys.stderr)
-    device = torch.device(args.device)
-    if "RANK" in os.environ:                                           # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    device = join(torch.device(args.device))
     if args.batch % world():
         raise InputError(f"--batch {args.batch} must be a multiple of the {world()} processes")
     sd = StableDiffusion.load(args.model, device)

@@ -11,7 +11,6 @@ Source: latent diffusion, arXiv 2112.10752, sections 3.1 and 3.2; classifier-fre
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +36,7 @@ from lab import shapes
 from lab.evaluate import evaluate
 from reward import ClipReward
 from sampler import NoiseSchedule
+from train_masks import join, rank, world
 from txt2img import StableDiffusion
 from unet import CONFIGS, UNet
 from vae import VAE, VAEConfig
@@ -84,14 +84,6 @@ class Run:
                 torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                             "average": self.average, "step": self.step, "seconds": self.seconds,
                             "curve": self.curve, "scores": self.scores}, path)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def distributed(model: nn.Module) -> nn.Module:
@@ -423,12 +415,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.curve:
         return draw_curve(json.loads((args.out / "training.json").read_text()), args.curve)
-    device = torch.device(args.device)
-    if "RANK" in os.environ:                                           # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    device = join(torch.device(args.device))
     torch.set_flush_denormal(True)                                     # +10-15 % on CPU
     args.work.mkdir(parents=True, exist_ok=True)
     scenes_rng = np.random.default_rng([args.seed, 2, rank()])
