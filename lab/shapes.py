@@ -177,13 +177,16 @@ class Request:
     background: str | None = None
 
 
-def caption(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> str:
+def caption(scene: Scene, rng: np.random.Generator, kind: str | None = None, where: bool = False) -> str:
     """One of many true captions; with a `kind`, the one that GenEval would ask in that category ("a circle")."""
-    return phrase(describe(scene, rng, kind), rng if kind is None else None)
+    return phrase(describe(scene, rng, kind, where), rng if kind is None else None)
 
 
-def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Request:
-    """The request behind `caption`: true statements about the scene, and which of them are made is drawn."""
+def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None, where: bool = False) -> Request:
+    """The request behind `caption`: true statements about the scene, and which of them are made is drawn.
+
+    where: it says where one or two objects lie, by places or by a relation, whenever that is clear.
+    """
     things, n = scene.things, len(scene.things)
     says = lambda p: kind is None and rng.random() < p
     color = says(0.82) or kind in ("colors", "color_attr")
@@ -192,15 +195,15 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None) ->
     place = lambda t: next((p for p in PLACES if is_at(t, p, clearly=True)), None)
     if n == 1:
         sizes = [s for s in SIZES if has_size(things[0], s, clearly=True) and says(0.25)]
-        where = place(things[0]) if says(0.6) else None
-        return Request((ask(things[0], size=(sizes or [None])[0], place=where),), None, background)
+        said = place(things[0]) if says(0.6) or where else None
+        return Request((ask(things[0], size=(sizes or [None])[0], place=said),), None, background)
     if n <= 4 and len({(t.shape, t.color) for t in things}) == 1:
         return Request((ask(things[0], count=n),), None, background)
     if n == 2:
         a, b = things if rng.random() < 0.5 else things[::-1]
         relation = clear_relation(a, b) if says(0.65) or kind == "position" else None
         # without a relation, the place of either may be said: two words that mean what a relation means
-        places = [place(t) if relation is None and says(0.8) else None for t in (a, b)]
+        places = [place(t) if relation is None and (says(0.8) or where) else None for t in (a, b)]
         return Request(tuple(ask(t, place=p if (t.shape, p) not in HELD_OUT_PLACES else None)
                              for t, p in zip((a, b), places)), relation, background)
     raise ValueError(f"the grammar has no sentence for {n} different objects")
@@ -255,8 +258,10 @@ def _plain(text: str) -> str:
     return text.removeprefix(PREFIX)
 
 
-def alter(request: Request, rng: np.random.Generator) -> Request:
+def alter(request: Request, rng: np.random.Generator, sides: bool = False) -> Request:
     """The request with one thing changed: a colour, shape, number, size, place, side, background, or colours swapped.
+
+    sides: only places and relations change, if it says any.
 
     Mostly untrue of a scene that the request is true of (`verdict` knows): a hard negative for contrastive training.
     """
@@ -266,7 +271,7 @@ def alter(request: Request, rng: np.random.Generator) -> Request:
     ways += ["count"] * (asks[k].count > 1) + ["background"] * (request.background is not None)
     ways += ["relation", "relation"] * (request.relation is not None)
     ways += ["swap", "swap"] * (len({ask.color for ask in asks}) == 2)
-    way = _pick(rng, ways)
+    way = _pick(rng, [w for w in ways if sides and w in ("place", "relation")] or ways)
     if way == "swap":
         asks = [replace(asks[0], color=asks[1].color), replace(asks[1], color=asks[0].color)]
     elif way == "relation":

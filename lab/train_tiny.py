@@ -46,6 +46,7 @@ VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)  
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
 CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), clip_image.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
+LESSON = 400                                                           # steps that teach words for sides alone
 MODEL_CONFIG = ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
                            vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
 
@@ -65,8 +66,8 @@ class Run:
             self.average, self.curve = state["average"], state["curve"]
             self.step, self.seconds, self.scores = state["step"], state["seconds"], state["scores"]
 
-    def update(self, loss: Tensor, lr: float) -> None:
-        """One optimiser step, and the exponential moving average whose memory grows to the last 2,000 steps."""
+    def update(self, loss: Tensor, lr: float, first: int = 0) -> None:
+        """One optimiser step, and the moving average over about a tenth of the steps since `first`, at most 2,000."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -76,7 +77,7 @@ class Run:
         self.step += 1
         with torch.no_grad():
             for name, p in self.model.state_dict().items():
-                self.average[name].lerp_(p, max(1 / 2000, 9 / (9 + self.step)))
+                self.average[name].lerp_(p, max(1 / 2000, 9 / (9 + self.step - first)))
 
     def save(self) -> None:
         if rank() == 0:
@@ -96,14 +97,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 
 def train(run: Run, steps: int, peak_lr: float, save_every: int, loss_of: Callable[[int], Tensor], name: str,
-          on_save: Callable[[], None] = lambda: None) -> None:
-    """The loop of both stages: loss_of(step) draws a batch and returns its loss."""
+          on_save: Callable[[], None] = lambda: None, first: int = 0) -> None:
+    """The loop of all stages, from step `first` up to `steps`: loss_of(step) draws a batch and returns its loss."""
     bar = tqdm(range(run.step, steps), initial=run.step, total=steps, desc=name, disable=rank() > 0, mininterval=5)
     recent: list[float] = []
     for step in bar:
         started = time.time()
         loss = loss_of(step)
-        run.update(loss, learning_rate(step, steps, peak_lr))
+        run.update(loss, learning_rate(step - first, steps - first, peak_lr), first)
         recent.append(loss.item())
         run.seconds += time.time() - started
         if run.step % 100 == 0:
@@ -220,22 +221,27 @@ class TextImage(nn.Module):
                 self.logit_scale.exp().clamp(max=100))
 
 
-def hard_negatives(scene: shapes.Scene, request: shapes.Request, n: int, rng: np.random.Generator) -> list[str]:
-    """n captions that differ from a true one in one thing and are false.
+def hard_negatives(scene: shapes.Scene, request: shapes.Request, n: int, rng: np.random.Generator,
+                   sides: bool = False) -> list[str]:
+    """n captions that differ from a true one in one thing (`sides`: in a place or relation) and are false.
 
     None names what is held out: a combination that is always false would be learned as such.
     """
     found = []
     while len(found) < n:
-        other = shapes.alter(request, rng)
+        other = shapes.alter(request, rng, sides)
         if not shapes.asks_held_out(other) and not shapes.is_true(other, scene):
             found.append(shapes.phrase(other, rng))
     return found
 
 
-def train_clip(scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int,
-               seed: int, device: torch.device, negatives: int = 3) -> tuple[ClipReward, Run]:
+def train_clip(scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path,
+               steps: int, side_steps: int, batch: int, seed: int, device: torch.device,
+               negatives: int = 3) -> tuple[ClipReward, Run]:
     """Contrastive: a picture's own caption against the other captions of the batch and against nearly true ones.
+
+    While neither tower knows sides, neither has a reason to learn them. So in the last `side_steps` steps half of the
+    pictures are neat, their captions say where objects lie, and what is nearly true of them errs in that.
 
     Every process contrasts its own batch. Captions that happen to be true of another picture don't count against it.
     """
@@ -244,19 +250,22 @@ def train_clip(scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work:
         model = TextImage()
     run = Run(model, work / "clip.pt", device)
     parallel = distributed(model)
+    every = scenes + neat
 
     @cache
     def picture(k: int) -> np.ndarray:
-        return shapes.draw(scenes[k], SIZE, SIZE)
+        return shapes.draw(every[k], SIZE, SIZE)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 3, rank(), step])
         rows = [int(k) for k in rng.integers(len(scenes), size=batch)]
-        requests = [shapes.describe(scenes[k], rng) for k in rows]
+        lesson = [step >= steps and i % 2 == 0 for i in range(batch)]  # pictures about sides
+        rows = [len(scenes) + k % len(neat) if sides else k for k, sides in zip(rows, lesson)]
+        requests = [shapes.describe(every[k], rng, where=sides) for k, sides in zip(rows, lesson)]
         texts = [shapes.phrase(request, rng) for request in requests]
-        for k, request in zip(rows, requests):
-            texts += hard_negatives(scenes[k], request, negatives, rng)
-        also = torch.tensor([[i != j and shapes.is_true(requests[j], scenes[rows[i]]) for j in range(batch)]
+        for k, request, sides in zip(rows, requests, lesson):
+            texts += hard_negatives(every[k], request, negatives, rng, sides)
+        also = torch.tensor([[i != j and shapes.is_true(requests[j], every[rows[i]]) for j in range(batch)]
                              for i in range(batch)], device=device)
         images = to_tensor(np.stack([picture(k) for k in rows])) / 2 + 0.5
         ids, _ = tokenizer(texts, TEXT_CONFIG.length, TEXT_CONFIG.pad)
@@ -267,6 +276,7 @@ def train_clip(scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work:
         return (F.cross_entropy(torch.cat([among, hard], dim=1), own) + F.cross_entropy(among.T, own)) / 2
 
     train(run, steps, 1e-3, 500, loss_of, "CLIP")
+    train(run, steps + side_steps, 1e-3, 500, loss_of, "CLIP, sides", first=steps)
     model.load_state_dict(run.average)
     model.eval().requires_grad_(False)
     return ClipReward(model.image, model.text, tokenizer), run
@@ -312,17 +322,18 @@ def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torc
     return tuple(latents)
 
 
-def train_unet(vae: VAE, scenes: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int,
-               seed: int, device: torch.device, finish: Callable[[TextToNoise, Run], None]) -> None:
+def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: clip_text.Tokenizer,
+               work: Path, steps: int, side_steps: int, batch: int, seed: int, device: torch.device,
+               finish: Callable[[TextToNoise, Run], None]) -> None:
     """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance.
 
-    In the second half of the steps, every other scene is a neat one, whose caption can say nearly exactly where
-    objects lie. (Meant to teach words for sides; it didn't, see lab/README.md.)
+    In the second half of `steps`, every other scene is a neat one, whose caption can say nearly exactly where objects
+    lie. What "on the left" and "above" mean is not learnt that way: objects show through the noise at nearly all times,
+    so the words matter only at the highest, where one row in a hundred has them. `side_steps` more begin with a lesson
+    (`LESSON` steps of nothing but that) and go on with a third of it, so that it isn't forgotten.
 
     The text encoder is trained with it, not taken from CLIP. finish(averaged weights, run): at each checkpoint.
     """
-    neat_rng, kinds = np.random.default_rng([seed, 5, rank()]), [kind for kind in shapes.KINDS if kind != "counting"]
-    neat = [shapes.random_scene(neat_rng, kinds[k % len(kinds)], "train", neat=True) for k in range(len(scenes) // 2)]
     plain = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
     lined_up = world_latents(vae, neat, work / f"neat-{rank()}.safetensors", device)
     mean, std = (torch.cat(pair) for pair in zip(plain, lined_up))
@@ -337,18 +348,26 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], tokenizer: clip_text.Tokeni
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 4, rank(), step])
         rows = rng.integers(len(scenes), size=batch)
-        if step >= steps // 2:
+        if steps // 2 <= step < steps:
             rows[::2] = len(scenes) + rows[::2] % len(neat)
-        captions = ["" if rng.random() < 0.1 else shapes.caption(every[r], rng) for r in rows]
+        lesson = np.zeros(batch, bool)                                 # rows about sides, at high noise
+        if step >= steps:
+            lesson[::3] = True
+            lesson |= step < steps + LESSON
+            rows[lesson] = len(scenes) + rows[lesson] % len(neat)
+        captions = ["" if rng.random() < 0.1 else shapes.caption(every[r], rng, where=bool(at_sides))
+                    for r, at_sides in zip(rows, lesson)]
         ids, _ = tokenizer(captions, TEXT_CONFIG.length, TEXT_CONFIG.pad)
         z, eps = torch.from_numpy(rng.standard_normal((2, batch, *mean.shape[1:]), np.float32)).to(device)
         x0 = mean[rows].float().to(device) + std[rows].float().to(device) * z
         # Shape and place are decided at high noise, where the error in the noise says little of that in the picture:
-        # such times are drawn a little more often, and weigh up to five times as much.
-        t = torch.from_numpy((1000 * rng.random(batch) ** 0.7).astype(np.int64)).to(device)
+        # such times are drawn a little more often, and weigh up to five times as much (in a lesson, up to fifty).
+        u = rng.random(batch)
+        t = torch.from_numpy(np.where(lesson, 900 + 100 * u, 1000 * u ** 0.7).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
         error = parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, ids.to(device)) - eps
-        return (error.square() * (1 / a).clamp(max=5)).mean()
+        most = torch.from_numpy(np.where(lesson, 50.0, 5.0).astype(np.float32)).to(device)[:, None, None, None]
+        return (error.square() * (1 / a).minimum(most)).mean()
 
     def average() -> None:
         if rank() == 0:
@@ -357,6 +376,7 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], tokenizer: clip_text.Tokeni
             finish(averaged.eval().requires_grad_(False), run)
 
     train(run, steps, 1e-3, 1000, loss_of, "U-Net", average)
+    train(run, steps + side_steps, 1e-3, 1000, loss_of, "U-Net, sides", average, first=steps)
 
 
 def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
@@ -405,7 +425,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")
     parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
+    parser.add_argument("--clip-side-steps", type=int, default=1500, help="then, with words for sides (%(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of stage 3 (%(default)s)")
+    parser.add_argument("--side-steps", type=int, default=3000, help="then, with words for sides (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
     parser.add_argument("--score-n", type=int, default=8, help="prompts judged, per kind and half, at each checkpoint")
@@ -420,12 +442,16 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     scenes_rng = np.random.default_rng([args.seed, 2, rank()])
     scenes = [shapes.random_scene(scenes_rng, split="train") for _ in range(args.scenes)]
+    kinds = [kind for kind in shapes.KINDS if kind != "counting"]
+    neat_rng = np.random.default_rng([args.seed, 5, rank()])
+    neat = [shapes.random_scene(neat_rng, kinds[k % len(kinds)], "train", neat=True) for k in range(args.scenes // 2)]
     tokenizer_path = args.work / f"tokenizer-{rank()}.json"
     make_tokenizer().save(str(tokenizer_path))
     tokenizer = clip_text.Tokenizer(tokenizer_path)
 
     vae, vae_run = train_vae(args.work, args.vae_steps, 2 * args.batch, args.seed, device)
-    clip, clip_run = train_clip(scenes, tokenizer, args.work, args.clip_steps, 2 * args.batch, args.seed, device)
+    clip, clip_run = train_clip(scenes, neat, tokenizer, args.work, args.clip_steps, args.clip_side_steps,
+                                2 * args.batch, args.seed, device)
 
     def finish(model: TextToNoise, run: Run) -> None:
         sd = StableDiffusion(MODEL_CONFIG, tokenizer, [model.text], model.unet, vae)
@@ -437,7 +463,8 @@ def main() -> None:
             "device": device.type, "seed": args.seed, "scores": run.scores, "clip_loss": clip_run.curve,
             "loss": run.curve})
 
-    train_unet(vae, scenes, tokenizer, args.work, args.steps, args.batch, args.seed, device, finish)
+    train_unet(vae, scenes, neat, tokenizer, args.work, args.steps, args.side_steps, args.batch, args.seed, device,
+               finish)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -193,6 +193,23 @@ def test_an_altered_request_is_sayable_and_false_of_its_scene():
         assert not verdict(scene.things, scene.background, other, 64, 64, strict=True)
 
 
+def test_asked_to_say_where_a_caption_of_a_neat_scene_does_and_an_alteration_of_sides_changes_only_that():
+    rng = np.random.default_rng(0)
+    where = lambda request: (request.relation, *(ask.place for ask in request.asks))
+    silent = 0
+    for kind in ("single", "position", "color_attr"):
+        for _ in range(200):
+            scene = random_scene(rng, kind, "train", neat=True)
+            request = describe(scene, rng, where=True)
+            silent += not any(where(request))
+            if any(where(request)):
+                others = [alter(request, rng, sides=True) for _ in range(5)]
+                blank = lambda r: replace(r, relation=None, asks=tuple(replace(ask, place=None) for ask in r.asks))
+                sides = [other for other in others if where(other) != where(request)]
+                assert sides and all(blank(other) == blank(request) for other in sides)
+    assert silent < 30              # 5 %: a place that is held out isn't said
+
+
 def test_hard_captions_are_one_true_one_and_distinct_false_ones_with_the_same_shapes():
     rng = np.random.default_rng(0)
     for scene in scenes(None, 30, split="train"):

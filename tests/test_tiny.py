@@ -55,16 +55,17 @@ def test_the_autoencoder_keeps_what_the_scorer_reads():
 
 
 def test_training_runs_on_two_processes_stops_resumes_and_writes_a_model_that_loads(tmp_path):
-    def run(steps: int) -> dict:
+    def run(side_steps: int) -> dict:
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                         "-m", "lab.train_tiny", "--out", tmp_path / "model", "--work", tmp_path / "work",
-                        "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--steps", str(steps),
-                        "--batch", "4", "--scenes", "16", "--score-n", "0"],
+                        "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--clip-side-steps", "2",
+                        "--steps", "2", "--side-steps", str(side_steps), "--batch", "4", "--scenes", "16",
+                        "--score-n", "0"],
                        check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads((tmp_path / "model" / "training.json").read_text())
-    assert run(2)["steps"] == 2
+    assert run(0)["steps"] == 2
     before = (tmp_path / "model" / "unet.safetensors").read_bytes()
-    facts = run(4)
+    facts = run(2)
     assert facts["steps"] == 4 and facts["samples"] == 4 * 4 * 2
     assert (tmp_path / "model" / "unet.safetensors").read_bytes() != before
     assert ClipReward.load(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
