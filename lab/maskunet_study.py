@@ -5,9 +5,9 @@
 
 Start at `RECIPES`, what is trained, and `ARMS`, what is judged. All trainings see the same latents, captions, times
 and noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json,
-figures beside them. The training-free arms (`FREE`) climb the model's CLIP and are judged by the exact scorer as well.
-Weights and verdicts are kept in OUT/work under names made of all that they depend on, the model too, so that nothing
-is done twice and a stopped run goes on.
+training.png shows how score and density move. The training-free arms (`FREE`) climb the model's CLIP and are judged by
+the exact scorer as well. Weights and verdicts are kept in OUT/work under names made of all that they depend on, the
+model too, so that nothing is done twice and a stopped run goes on.
 Sources: MaskUNet, arXiv 2505.03097; LoRA, arXiv 2106.09685; noise optimisation, ReNO, arXiv 2406.04312.
 """
 import argparse
@@ -228,6 +228,7 @@ class Study:
                     train(self.sd, run, self.train_world().batches(self.batch, seed, run.step), goal, 50, model=model)
                     with replacing(path(goal, "safetensors")) as file:
                         save_file({key: p.detach().cpu() for key, p in module.state_dict().items()}, file)
+            path("checkpoint", "pt").unlink()
         module.load_state_dict(load_file(wanted))
         return module.requires_grad_(False)
 
@@ -291,7 +292,7 @@ class Study:
         """
         sd, world, n = self.sd, self.validation_world(), len(times)
         alphas = sd.config.schedule.alphas().to(sd.device)
-        z = world.latents[0][:n].float().to(sd.device)
+        z = sd.config.vae.scaling * world.latents[0][:n].float().to(sd.device)
         eps = draw_noise([torch.Generator().manual_seed(k) for k in range(n)], z)
         context, added = sd.conditions(world.captions[:n], None, sd.config.size, sd.config.size)
 
@@ -398,8 +399,8 @@ FREE = {"base": plain, "masks": search_masks, "noise": search_noise}   # "masks 
 def interval(values: np.ndarray, draws: int = 2000) -> list[float]:
     """Mean and 95 % interval of numbers (seeds, kinds, prompts), by the bootstrap over seeds, and prompts of a kind."""
     rng, (s, k, p) = np.random.default_rng(0), values.shape
-    means = [values[rng.integers(s, size=s)[:, None, None], np.arange(k)[:, None], rng.integers(p, size=(k, p))].mean()
-             for _ in range(draws)]
+    rows, columns = rng.integers(s, size=(draws, s, 1, 1)), rng.integers(p, size=(draws, 1, k, p))
+    means = values[rows, np.arange(k)[:, None], columns].mean(axis=(1, 2, 3))
     return [float(values.mean()), *np.percentile(means, (2.5, 97.5)).tolist()]
 
 
@@ -466,7 +467,7 @@ def tables(trained: dict[str, Any], free: dict[str, Any]) -> str:
             differ.append([name, *(f"{y:.5f}" for y in x["differ"].values())])
     searches = [["arm", "score", "over base", "reward", "over base", "s a picture", "GB, one picture", "n"]]
     searches += [[name, show(x["score"]), show(x["over base"], sign="+"), show(x["reward"]),
-                  show(x["reward over base"], sign="+"), f"{x['seconds']:.1f}", f"{x['GB']:.2f}", str(x["n"])]
+                  show(x["reward over base"], sign="+"), f"{x['seconds']:.1f}", f"{x['GB']:.3f}", str(x["n"])]
                  for name, x in free.items()]
     n = next((x["n"] for x in trained.values()), 0)
     parts = [(f"Score, n = {n} pictures an arm, over all seeds", scores),
@@ -491,21 +492,6 @@ def draw_curve(table: dict[str, Any], steps: int, path: Path) -> None:
     for axis in axes:
         axis.set_xlabel("training steps")
     save(figure, "Learned masks over their training", path)
-
-
-def draw_losses(table: dict[str, Any], path: Path) -> None:
-    """Loss over the base's, by time, of every arm."""
-    figure, axis = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
-    shown = [name for name in table if name != "base" and " at " not in name]
-    for k, name in enumerate(shown):
-        values = 1000 * np.array(table[name]["loss by time"])
-        at = np.arange(len(values)) + 0.05 * (k - len(shown) / 2)
-        axis.errorbar(at, values[:, 0], np.abs(values[:, 1:] - values[:, :1]).T, marker="o", markersize=3, linewidth=1,
-                      capsize=2, label=name, color=f"C{k % 10}", linestyle=("-", "--")[k >= 10])
-    axis.axhline(0, color="gray", linewidth=0.8)
-    axis.set(xlabel="fifth of the times", ylabel="loss over base, thousandths", xticks=range(BUCKETS))
-    axis.legend(fontsize=7, ncols=2)
-    save(figure, "Validation loss over base by time, 95 % paired intervals", path)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -628,7 +614,6 @@ def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int
         with replacing(out / name) as part:
             part.write_text(content, encoding="utf-8")
     draw_curve(trained, study.steps, out / "training.png")
-    draw_losses(trained, out / "losses.png")
     print(text)
 
 
