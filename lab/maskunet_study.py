@@ -105,7 +105,7 @@ def matched_rank(unet: UNet) -> int:
 
 
 class Recipe(NamedTuple):
-    """make(unet, seed): a module to train; lr: constant, the best of three by `--sweep`."""
+    """make(unet, seed): a module to train. lr: constant, the one of three with the lowest loss by `--sweep`."""
     make: Callable[[UNet, int], nn.Module]
     lr: float
 
@@ -115,13 +115,13 @@ def dynamic(unet: UNet, seed: int, **settings) -> DynamicMasks:
 
 
 RECIPES = {
-    "full fine-tuning": Recipe(lambda unet, seed: Tuned(unet), 3e-5),
+    "full fine-tuning": Recipe(lambda unet, seed: Tuned(unet), 1e-5),
     "LoRA": Recipe(lambda unet, seed: Tuned(unet, matched_rank(unet), seed), 3e-4),
-    "working": Recipe(dynamic, 1e-3),
-    "without time": Recipe(partial(dynamic, time=False), 1e-3),
-    "without sample": Recipe(partial(dynamic, sample=False), 1e-3),
-    "official": Recipe(partial(dynamic, init="official"), 1e-3),
-    "static": Recipe(lambda unet, seed: StaticMasks(unet, initial=5.0), 3e-2),
+    "working": Recipe(dynamic, 3e-4),
+    "without time": Recipe(partial(dynamic, time=False), 3e-4),
+    "without sample": Recipe(partial(dynamic, sample=False), 3e-4),
+    "official": Recipe(partial(dynamic, init="official"), 3e-4),
+    "static": Recipe(lambda unet, seed: StaticMasks(unet, initial=5.0), 9e-2),     # at lower rates all masks stay 1
 }
 PARTS = (0.125, 0.25, 0.5)                         # of the steps, after which the working arm is judged as well
 
@@ -176,7 +176,7 @@ class Study:
     reward: ClipReward
     work: Path
     model: str                                     # a name for its weights
-    steps: int = 150                               # of every training
+    steps: int = 300                               # of every training
     batch: int = 32
     scenes: int = 4000
     validation: int = 512                          # pictures behind a loss
@@ -539,12 +539,12 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, nargs="+", default=[5, 15, 30], help="of the searches for masks")
     parser.add_argument("--noise-iterations", type=int, nargs="+", default=[15], help="of the search for noise")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every recipe")
-    parser.add_argument("--steps", type=int, default=150, help="of every training")
+    parser.add_argument("--steps", type=int, default=300, help="of every training")
     parser.add_argument("--batch", type=int, default=32, help="pictures a training step")
     parser.add_argument("--scenes", type=int, default=4000, help="to train on")
     parser.add_argument("--validation", type=int, default=512, help="pictures behind a loss")
-    parser.add_argument("--n", type=int, default=90, help="pictures an arm and seed, a multiple of 6")
-    parser.add_argument("--free-n", type=int, default=24, help="pictures a training-free arm, a multiple of 6; 0: none")
+    parser.add_argument("--pictures", type=int, default=90, help="pictures an arm and seed, a multiple of 6")
+    parser.add_argument("--free-pictures", type=int, default=24, help="likewise, a training-free arm; 0: none")
     parser.add_argument("--free-steps", type=int, default=15, help="of a training-free picture, as in the paper")
     parser.add_argument("--sample-steps", type=int, default=20, help="of the other pictures")
     parser.add_argument("--sampler", default="ddim", help=", ".join(SAMPLERS))
@@ -556,8 +556,9 @@ def main() -> None:
     for flag, ok, legal in (
             ("--seeds, --steps, --batch and --scenes", min(args.seeds, args.steps, args.batch, args.scenes) >= 1,
              "1 or more"),
-            ("--validation", args.validation >= 5, "5 or more"), ("--n", args.n >= 6 and args.n % 6 == 0, "6, 12, ..."),
-            ("--free-n", args.free_n >= 0 and args.free_n % 6 == 0, "0, 6, 12, ..."),
+            ("--validation", args.validation >= 5, "5 or more"),
+            ("--pictures", args.pictures >= 6 and args.pictures % 6 == 0, "6, 12, ..."),
+            ("--free-pictures", args.free_pictures >= 0 and args.free_pictures % 6 == 0, "0, 6, 12, ..."),
             ("--iterations and --noise-iterations", min(args.iterations + args.noise_iterations) >= 1, "1 or more"),
             ("--drawn", args.drawn == 0 or args.drawn >= 100, "0, or 100 or more")):
         if not ok:
@@ -581,12 +582,12 @@ def main() -> None:
     torch.set_flush_denormal(True)
     study = Study(StableDiffusion.load(args.model, args.device), ClipReward.load(args.model / "clip", args.device),
                   args.out / "work", fingerprint(args.model), args.steps, args.batch, args.scenes, args.validation,
-                  args.n, args.free_n, args.free_steps,
+                  args.pictures, args.free_pictures, args.free_steps,
                   dict(steps=args.sample_steps, sampler=args.sampler, cfg_scale=args.cfg_scale))
     if args.sweep:
         return sweep(study)
     arms = [name for name in ARMS if name in wanted or name == "base"]
-    free = [name for name in free if args.free_n and (name in wanted or name == "base")]
+    free = [name for name in free if args.free_pictures and (name in wanted or name == "base")]
     jobs = plan_jobs(study, arms, free, args.seeds)
     mine = [call for calls in share(jobs, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
             for call in calls]

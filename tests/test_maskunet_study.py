@@ -161,8 +161,8 @@ def command(monkeypatch, capsys):
     return run
 
 
-SMALL = ("--seeds", 1, "--steps", 2, "--batch", 2, "--scenes", 4, "--validation", 6, "--n", 6, "--sample-steps", 2,
-         "--free-n", 6, "--free-steps", 2, "--iterations", 1, "--drawn", 0)
+SMALL = ("--seeds", 1, "--steps", 2, "--batch", 2, "--scenes", 4, "--validation", 6, "--pictures", 6,
+         "--sample-steps", 2, "--free-pictures", 6, "--free-steps", 2, "--iterations", 1, "--drawn", 0)
 
 
 def test_one_small_run_leaves_tables_and_figure_and_the_next_does_nothing_again(tmp_path, command, monkeypatch):
@@ -189,8 +189,9 @@ def test_one_small_run_leaves_tables_and_figure_and_the_next_does_nothing_again(
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--arms", "base,worknig"], "there is no arm 'worknig'"), (["--n", 7], "--n must be 6, 12"),
-    (["--free-n", 5], "--free-n must be"), (["--iterations", 0], "1 or more"), (["--seeds", 0], "1 or more"),
+    (["--arms", "base,worknig"], "there is no arm 'worknig'"), (["--pictures", 7], "--pictures must be 6, 12"),
+    (["--free-pictures", 5], "--free-pictures must be"), (["--iterations", 0], "1 or more"),
+    (["--seeds", 0], "1 or more"),
     (["--free-steps", 0], "steps must be"), (["--model", "nowhere"], "there is no model folder nowhere"),
     (["--drawn", 5], "0, or 100 or more")])
 def test_bad_input_ends_in_one_line(flags, words, tmp_path, command):
