@@ -12,6 +12,7 @@ Shapes: B rows of a batch, o i outputs and inputs of a linear layer, R rows of m
 Source: MaskUNet, arXiv 2505.03097. Checked against outputs of the official classes. What the paper leaves open follows
 the released code, but its mask network can't learn (see `DynamicMasks`): init="official" is that one.
 """
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -483,13 +484,29 @@ def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor],
 KINDS = {"dynamic": DynamicMasks, "static": StaticMasks}
 
 
-def save_masks(masks: DynamicMasks | StaticMasks, path: Path, training: dict[str, Any] | None = None) -> None:
-    """One safetensors file: the masks' own tensors, and in its metadata what they are and how they were trained."""
+def fingerprint(unet: UNet, layers: tuple[str, ...] = LAYERS) -> str:
+    """A short name for the weights that are masked: models of one shape differ in it, dtypes of one model don't.
+
+    Made of the signs alone: they are what no rounding to float16 or bfloat16 changes, not even to zero.
+    """
+    digest = hashlib.sha256()
+    for layer in masked_layers(unet, layers).values():
+        digest.update(np.packbits(torch.signbit(layer.weight.detach()).cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_masks(masks: DynamicMasks | StaticMasks, path: Path, unet: UNet,
+               training: dict[str, Any] | None = None) -> None:
+    """One safetensors file: the masks' own tensors, and in its metadata what they are and how they were trained.
+
+    unet: the one that they are for; `load_masks` takes them for no other.
+    """
     from safetensors.torch import save_file
 
     from folder import replacing
     kind = next(name for name, cls in KINDS.items() if type(masks) is cls)
-    facts = {"kind": kind, "settings": masks.settings, "gumbel": asdict(masks.gumbel), "training": training or {}}
+    facts = {"kind": kind, "settings": masks.settings, "gumbel": asdict(masks.gumbel), "training": training or {},
+             "model": fingerprint(unet, masks.layers)}
     with replacing(path) as part:
         save_file({name: p.detach().contiguous().cpu() for name, p in masks.state_dict().items()}, part,
                   metadata={"maskunet": json.dumps(facts)})
@@ -502,6 +519,7 @@ def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
         try:
             facts = json.loads((file.metadata() or {})["maskunet"])
             masks = KINDS[facts["kind"]](unet, gumbel=Gumbel(**facts["gumbel"]), **facts["settings"])
+            theirs, mine = facts["model"], fingerprint(unet, masks.layers)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a file of masks ({error}); make one: python maskunet.py train") from None
         wanted = masks.state_dict()
@@ -512,6 +530,9 @@ def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
                 raise InputError(f"{path} was trained for another model: {name} has shape {tuple(tensor.shape)}, but "
                                  f"this U-Net's has {tuple(p.shape)}; train masks for it: python maskunet.py train")
             p.copy_(tensor)
+        if theirs != mine:
+            raise InputError(f"{path} was trained for another model of the same shape: its masks are for the weights "
+                             f"{theirs}, but this U-Net's are {mine}; train masks for it: python maskunet.py train")
     return masks.requires_grad_(False)
 
 

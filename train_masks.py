@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from folder import InputError, replacing
-from maskunet import DynamicMasks, Gumbel, MaskRun, Masks, StaticMasks, mix, save_masks
+from maskunet import DynamicMasks, Gumbel, MaskRun, Masks, StaticMasks, fingerprint, mix, save_masks
 from sampler import draw_noise
 from txt2img import TINY, StableDiffusion
 from unet import UNet
@@ -102,36 +102,46 @@ def world() -> int:
 
 
 @torch.no_grad()
-def noised(sd: StableDiffusion, images: Tensor, captions: list[str], generators: list[torch.Generator],
+def noised(sd: StableDiffusion, images: Tensor | tuple[Tensor, Tensor], captions: list[str],
+           generators: list[torch.Generator],
            caption_dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor | None]]:
     """Images (B, 3, H, W) to noisy latents x (B, 4, h, w), times (B,), what to predict, and the U-Net's conditions.
 
+    images: or, where they were encoded before, mean and standard deviation of their latents, (B, 4, h, w) each.
     All of row k is drawn from generator k: whether its caption stays, the time, the latent, the noise.
     """
     alphas = sd.config.schedule.alphas().to(sd.device)
     captions = ["" if torch.rand((), generator=g) < caption_dropout else c for g, c in zip(generators, captions)]
     t = torch.stack([torch.randint(len(alphas), (), generator=g) for g in generators]).to(sd.device)
-    mean, logvar = (z.float() for z in sd.vae.encode(images.to(sd.device) * 2 - 1))
-    x0 = sd.config.vae.scaling * (mean + (0.5 * logvar).exp() * draw_noise(generators, mean))
+    if isinstance(images, Tensor):
+        mean, logvar = (z.float() for z in sd.vae.encode(images.to(sd.device) * 2 - 1))
+        std = (0.5 * logvar).exp()
+    else:
+        mean, std = (z.float().to(sd.device) for z in images)
+    x0 = sd.config.vae.scaling * (mean + std * draw_noise(generators, mean))
     eps, a = draw_noise(generators, mean), alphas[t][:, None, None, None]
     target = eps if sd.config.prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps, t, target, sd.conditions(captions, None, *images.shape[-2:])
+    height, width = (side * sd.config.vae.factor for side in mean.shape[-2:])
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps, t, target, sd.conditions(captions, None, height, width)
 
 
-def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor, list[str]]], steps: int,
-          save_every: int = 500, log_every: int = 50, caption_dropout: float = 0.0) -> list[tuple]:
+def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor | tuple[Tensor, Tensor], list[str]]],
+          steps: int, save_every: int = 500, log_every: int = 50, caption_dropout: float = 0.0,
+          model: nn.Module | None = None) -> list[tuple]:
     """Learn masks with which the frozen U-Net predicts the noise better. Returns the curve: see `Training`.
 
-    batches: this process's images (B, 3, H, W) in [0, 1] and captions, from step `run.step` on.
+    batches: this process's images (B, 3, H, W) in [0, 1] (or their latents, see `noised`) and captions, from step
+        `run.step` on.
     steps: optimiser steps in all; caption_dropout: part of the captions that is left out (as published: none).
+    model: what predicts, in a `MaskedUNet`'s place, where other weights than masks are trained.
     Every random number is a function of seed, step and place in the batch of all processes: runs resume exactly.
     """
-    model = MaskedUNet(sd.unet, run.masks)
+    model = MaskedUNet(sd.unet, run.masks) if model is None else model
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
     log = torch.zeros(2, BUCKETS + 1, dtype=torch.float64)             # sums and counts: the buckets, and the density
     with tqdm(total=steps, initial=min(run.step, steps), desc="masks", unit="step", disable=rank() > 0) as bar:
         for _, (images, captions) in zip(range(run.step, steps), batches):
-            seeds = [mix(run.seed, run.step, rank() * len(images) + k) for k in range(len(images))]
+            seeds = [mix(run.seed, run.step, rank() * len(captions) + k) for k in range(len(captions))]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             x, t, target, (context, added) = noised(sd, images, captions, generators, caption_dropout)
             out, density = parallel(x.to(sd.dtype), t, context, added, seeds, run.step)
@@ -244,12 +254,13 @@ def main() -> None:
         raise InputError(f"--batch {args.batch} must be a multiple of the {world()} processes")
     sd = StableDiffusion.load(args.model, device)
     masks = DynamicMasks(sd.unet, init=args.init, initial=args.initial, gumbel=Gumbel(args.gumbels), seed=args.seed)
-    facts = dict(batch=args.batch, caption_dropout=args.caption_dropout, pictures=len(pairs))
+    facts = dict(batch=args.batch, caption_dropout=args.caption_dropout, pictures=len(pairs),
+                 model=fingerprint(sd.unet, masks.layers))
     run = Training(masks, args.out.with_suffix(".checkpoint.pt"), args.lr, seed=args.seed, **facts)
     train(sd, run, read_batches(pairs, sd.config.size, args.batch, args.seed, run.step), args.steps, args.save_every,
           caption_dropout=args.caption_dropout)
     if rank() == 0:
-        save_masks(masks, args.out, {**run.facts, "steps": run.step, "curve": run.curve})
+        save_masks(masks, args.out, sd.unet, {**run.facts, "steps": run.step, "curve": run.curve})
         print(args.out)
     if dist.is_initialized():
         dist.destroy_process_group()

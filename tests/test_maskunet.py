@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_txt2img import make_folder
 from torch import nn
 
+import maskunet
 import txt2img
 from cache import DeepCache, FasterDiffusion
 from folder import InputError, run_command
@@ -41,7 +42,7 @@ from maskunet import (
     score_latents,
 )
 from reward import ClipReward
-from sampler import SAMPLERS, generate
+from sampler import SAMPLERS, ddim, dpm_solver, generate, plan
 from train_masks import Training, noised, read_batches, read_pairs, train
 from train_masks import main as train_main
 from txt2img import StableDiffusion
@@ -484,7 +485,7 @@ def test_parallel_faster_diffusion_draws_the_same_masks_as_the_serial_one(config
                                   lambda unet: random_dynamic(unet, time=False, gumbel=Gumbel(2, 0.5, 0.4))])
 def test_masks_survive_a_file(make, tmp_path):
     masks = make(UNETS[NARROW])
-    save_masks(masks, tmp_path / "m.safetensors", {"steps": 7})
+    save_masks(masks, tmp_path / "m.safetensors", UNETS[NARROW], {"steps": 7})
     again = load_masks(tmp_path / "m.safetensors", UNETS[NARROW])
     assert again.settings == masks.settings and again.gumbel == masks.gumbel and again.layers == masks.layers
     assert torch.equal(call(Masks(masks)), call(Masks(again)))
@@ -493,7 +494,7 @@ def test_masks_survive_a_file(make, tmp_path):
 
 def test_a_file_for_another_model_is_refused_by_name(tmp_path):
     path = tmp_path / "m.safetensors"
-    save_masks(DynamicMasks(UNETS[NARROW]), path)
+    save_masks(DynamicMasks(UNETS[NARROW]), path, UNETS[NARROW])
     with pytest.raises(InputError, match=r"for another model: lifts.up_blocks/1/.*to_k.columns.* \(8,.* has \(12,"):
         load_masks(path, UNet(replace(NARROW, context_dim=12)))
     with pytest.raises(InputError, match="doesn't know, the first is (generators|lifts)"):
@@ -503,6 +504,25 @@ def test_a_file_for_another_model_is_refused_by_name(tmp_path):
         load_masks(path, UNETS[NARROW])
     with pytest.raises(InputError, match="there is no file .*train the masks"):
         load_masks(tmp_path / "none.safetensors", UNETS[NARROW])
+
+
+def test_masks_fit_their_model_in_every_dtype_and_no_other_of_its_shape(tmp_path):
+    path, unet = tmp_path / "m.safetensors", UNETS[NARROW]
+    save_masks(StaticMasks(unet), path, unet)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        same = UNet(NARROW).requires_grad_(False).to(dtype)
+        same.load_state_dict(unet.state_dict())
+        load_masks(path, same)
+    tiny = {name: p * 1e-9 for name, p in unet.state_dict().items()}   # rounds to zeros, and zeros have signs as well
+    whole, half = UNet(NARROW), UNet(NARROW).half()
+    for other in (whole, half):
+        other.load_state_dict(tiny)
+    assert maskunet.fingerprint(whole) == maskunet.fingerprint(half) and not half.up_blocks[1].attentions[0].\
+        transformer_blocks[0].attn1.to_q.weight.any()
+    next(iter(masked_layers(whole).values())).weight.data[0, 0] *= -1
+    with pytest.raises(InputError, match=f"another model of the same shape: .* {maskunet.fingerprint(unet)}, .* "
+                                         f"{maskunet.fingerprint(whole)}; train masks for it"):
+        load_masks(path, whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -572,6 +592,15 @@ def test_the_loss_by_time_is_the_loss_of_those_times(model):
 def advance(generator: torch.Generator) -> torch.Generator:
     torch.rand((), generator=generator)                                # the draw that decides whether the caption stays
     return generator
+
+
+def test_latents_that_were_encoded_before_train_as_their_pictures_do(model):
+    sd = StableDiffusion.load(model)
+    images, captions = next(fixed_batches(4))
+    mean, logvar = sd.vae.encode(images * 2 - 1)
+    for ours, theirs in zip(noised(sd, (mean, (0.5 * logvar).exp()), captions, seeded(*range(4))),
+                            noised(sd, images, captions, seeded(*range(4)))):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs) if b is not None)
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(model, tmp_path):
@@ -685,6 +714,18 @@ def test_bad_mask_flags_end_in_one_clear_line(flags, words, model, tmp_path, com
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
+def test_masks_of_another_model_end_in_one_clear_line(model, tmp_path, command):
+    other = StableDiffusion.load(model).unet
+    other.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(-1)
+    for name, unet, words in (("shape", UNETS[NARROW], "tensors that this model doesn't know, the first is"),
+                              ("weights", other, "was trained for another model of the same shape")):
+        save_masks(StaticMasks(unet), tmp_path / f"{name}.safetensors", unet)
+        code, _, err = command(txt2img.main, "a circle", "--model", model, "--out", tmp_path / "o.png", "--device",
+                               "cpu", "--masks", tmp_path / f"{name}.safetensors")
+        assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
+        assert not (tmp_path / "o.png").exists()
+
+
 # ---------------------------------------------------------------------------------------------- the training-free path
 
 def nearness(x0: torch.Tensor) -> torch.Tensor:
@@ -726,6 +767,26 @@ def test_no_iterations_are_masks_without_a_search():
     want = trajectory(Masks(StaticMasks(UNETS[NARROW], initial=1.0).requires_grad_(False), shared=True))
     got = trajectory(MaskSearch(nearness, iterations=0))
     assert all(torch.equal(a, b) for a, b in zip(got, want)) and not torch.equal(got[-1], trajectory(None)[-1])
+
+
+def test_no_iterations_with_all_masks_on_are_the_plain_model():
+    plain = trajectory(None)[-1]
+    got = trajectory(MaskSearch(nearness, iterations=0, initial=5.0))[-1]
+    assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_a_solver_that_forgets_at_every_step_as_the_released_search_made_it_is_ddim():
+    p = plan("dpm++2m", 8)
+    solvers = {"ddim": ddim(p, 0.0, None), "2m": dpm_solver(p), "forgetful": lambda *step: dpm_solver(p)(*step)}
+    ends = {}
+    for name, step in solvers.items():
+        x = randn(1, 4, 8, 8)
+        for i in range(8):
+            eps = 0.5 * x + 0.2 * x.sin()
+            x = step(i, x, (x - math.sqrt(1 - p.now[i]) * eps) / math.sqrt(p.now[i]), eps)
+        ends[name] = x
+    assert (ends["forgetful"] - ends["ddim"]).abs().max() <= 1e-4 * ends["ddim"].abs().max()
+    assert (ends["2m"] - ends["ddim"]).abs().max() > 0.01 * ends["ddim"].abs().max()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -863,8 +924,34 @@ def test_a_search_by_the_models_own_clip_runs_from_the_command_line_and_raises_t
     assert scores["search"] > scores["none"]
 
 
+def test_without_iterations_the_command_draws_with_masks_that_are_on(tmp_path, command):
+    made = {}
+    for name, flags in {"search": TINY_PICTURE[5:7], "plain": []}.items():
+        code, _, err = command(txt2img.main, *TINY_PICTURE[:5], *flags, "--mask-iterations", 0,
+                               "--out", tmp_path / f"{name}.png")
+        assert code == 0, err
+        with Image.open(tmp_path / f"{name}.png") as file:
+            made[name] = file.tobytes()
+    sd = StableDiffusion.load(txt2img.TINY)
+    on = Masks(StaticMasks(sd.unet, initial=1.0).requires_grad_(False), shared=True)
+    want = sd.decode(sd.sample("a red circle", steps=2, masks=on))[0]
+    assert made["search"] == (want * 255).round().byte().permute(1, 2, 0).numpy().tobytes() != made["plain"]
+
+
+def test_too_little_memory_for_a_search_names_what_to_lower_and_leaves_nothing(tmp_path, command, monkeypatch):
+    def too_large(self, images, prompts):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ClipReward, "__call__", too_large)
+    code, _, err = command(txt2img.main, *TINY_PICTURE, "--out", tmp_path / "o.png")
+    last = err.splitlines()[-1]
+    assert code == 2 and "Traceback" not in err and not list(tmp_path.iterdir())
+    assert all(flag in last for flag in ("--mask-checkpoint", "--width", "--height", "--batch-size"))
+
+
 @pytest.mark.parametrize("flags,words", [
-    (["--mask-reward", "nowhere"], "nowhere"), (["--mask-random", 0.5], "give one of them"),
+    (["--mask-reward", "nowhere"], "nowhere"), (["--mask-reward", txt2img.TINY], "holds no CLIP with an image tower"),
+    (["--mask-reward", ROOT / "reward.py"], "holds no CLIP with an image tower"),
+    (["--mask-random", 0.5], "give one of them"),
     (["--mask-iterations", -1], "0 or more"), (["--mask-schedule", "often"], "paper or released"),
     (["--mask-keep", "first"], "last or best")])
 def test_bad_search_flags_end_in_one_clear_line(flags, words, tmp_path, command):
