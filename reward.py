@@ -107,8 +107,8 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
 def add_rewards(rewards: list[ClipReward | ImageReward]) -> Callable[[Tensor, list[str]], Tensor]:
     """Several rewards as one: the negative of ReLU(2 - ImageReward) + 5 (1 - cosine), MaskUNet's loss.
 
-    So its released code; the paper's eq. 10 (arXiv 2505.03097) has a sum without signs and weights. A reward alone stays
-    as it is: what climbs it doesn't look at its scale, and it has no end at 2.
+    So its released code; the paper's eq. 10 (arXiv 2505.03097) has a sum without signs and weights. A reward alone
+    stays as it is: AdamW, which climbs it, doesn't look at its scale, and there is no reason to stop at 2.
     """
     if len(rewards) == 1:
         return rewards[0]

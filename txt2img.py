@@ -423,8 +423,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mask-fixed", action="store_true", help="the same chance at every step")
     group.add_argument("--mask-shared", action="store_true", help="the same chance with and without the prompt")
     group.add_argument("--mask-reward", metavar="clip|FOLDER[,...]",
-                       help="search for masks at every step, by the CLIP in the model's folder clip, or by rewards that "
-                            "convert_weights.py --reward wrote; as published: imagereward_FOLDER,hps_FOLDER")
+                       help="search for masks at every step, by the CLIP in the model's folder clip, or by what "
+                            "convert_weights.py --reward wrote; as published: IMAGEREWARD_FOLDER,HPS_FOLDER")
     group.add_argument("--mask-iterations", type=int, default=15, metavar="N", help="reward: updates at every step")
     group.add_argument("--mask-schedule", default="paper", help="reward: paper, N at every step; or released")
     group.add_argument("--mask-keep", default="last", help="reward: last, the mask after N updates; or best, of all")
