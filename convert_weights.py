@@ -854,7 +854,7 @@ def write_safetensors(path: Path, module: nn.Module, origins: dict[str, Origin],
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
-                                     "Convert a Stable Diffusion checkpoint (or what judges pictures, with --reward) to "
+                                     "Convert a Stable Diffusion checkpoint, or with --reward what judges pictures, to "
                                      "the folder that txt2img.py loads.")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="Hugging Face folder, .safetensors or .ckpt file")
