@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -193,7 +194,8 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
         layout = {part: ("", names.get(part, {})) for part in parts}
         origins = {part: {name: find(name, *layout[part], stored) for name in module.state_dict()}
                    for part, module in parts.items()}
-        dropped = account(origins, parts, stored, REWARD_IGNORED, source)
+        remedy = OTHER_WIDTHS if names else "download it again"
+        dropped = account(origins, parts, stored, REWARD_IGNORED, source, remedy)
 
         if tokenizer is None and not source.is_dir():
             wanted = ("BERT's vocab.txt (that of bert-base-uncased)" if kind == "imagereward" else
@@ -258,23 +260,26 @@ def plan(model: ModelConfig, parts: dict[str, nn.Module], layout: dict[str, tupl
         origins["unet"] = {name: Origin("model_ema." + origin.key.removeprefix("model.").replace(".", ""))
                            for name, origin in origins["unet"].items()}
         ignored.append("model.diffusion_model.*")
-    return origins, account(origins, parts, stored, ignored, source)
+    return origins, account(origins, parts, stored, ignored, source, OTHER_WIDTHS)
 
 
 def account(origins: dict[str, dict[str, Origin]], parts: dict[str, nn.Module], stored: dict[str, Stored],
-            ignored: Iterable[str], source: Path) -> dict[str, str]:
+            ignored: Iterable[str], source: Path, remedy: str) -> dict[str, str]:
     """What is dropped by which pattern; InputError for a tensor that is absent, unknown or of another shape."""
     keys = {origin.key for named in origins.values() for origin in named.values()}
     dropped = {name: rule for name in stored if name not in keys for rule in ignored if fnmatchcase(name, rule)}
     for part, module in parts.items():
         for name, tensor in module.state_dict().items():
             if origins[part][name].key in stored:
-                check_tensor(origins[part][name], stored, tensor.shape, source)
+                check_tensor(origins[part][name], stored, tensor.shape, source, remedy)
     check_names([name for name in stored if name not in dropped], sorted(keys), str(source))
     return dropped
 
 
-def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, source: Path) -> None:
+OTHER_WIDTHS = "if this is a model with other widths, give its config files with --config"
+
+
+def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, source: Path, remedy: str) -> None:
     """InputError unless the stored tensor holds floating point numbers and, transformed, gets the wanted shape."""
     have = stored[origin.key]
     if have.dtype not in DTYPES.values():
@@ -285,8 +290,7 @@ def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, s
     except RuntimeError:
         result = None
     if result is None or result.shape != shape:
-        raise InputError(f"{source}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; if this "
-                         f"is a model with other widths, give its config files with --config")
+        raise InputError(f"{source}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; {remedy}")
 
 
 # ---- reading weights ----
@@ -327,7 +331,9 @@ def read_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Store
 def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
     """A file of torch.save. Pickles can run code, so what `weights_only` doesn't allow is never loaded."""
     try:
-        data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # it warns of TorchScript, and then refuses it: see below
+            data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:                       # a damaged pickle can raise anything
         if "TorchScript" in str(error):              # as OpenAI published CLIP
             raise InputError(f"{path} is a program of TorchScript, not a file of weights; get this model as a Hugging "
@@ -445,7 +451,7 @@ def json_object(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"there is no {path}; get the complete Hugging Face folder") from None
     except KeyError as error:
         raise InputError(f"{path} lacks the entry {error}; download it again") from None
-    except (AttributeError, IndexError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path} can't be read as a config file ({error}); download it again") from None
 
 
@@ -556,11 +562,18 @@ def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
                           text["hidden_act"], projection=width, pad=0)
         image = ImageConfig(image["image_size"], image["patch_size"], image["hidden_size"], image["num_hidden_layers"],
                             image["num_attention_heads"], image["intermediate_size"], image["hidden_act"], width)
+        check_heads(text, image)
     colors = folder / "preprocessor_config.json"
     if colors.is_file():
         with json_object(colors) as data:
             image = replace(image, mean=tuple(data["image_mean"]), std=tuple(data["image_std"]))
     return {"text_encoder": text, "image_encoder": image}
+
+
+def check_heads(*towers: TextConfig | ImageConfig) -> None:
+    for tower in towers:
+        if tower.width % tower.heads:
+            raise ValueError(f"a width of {tower.width} can't be shared by {tower.heads} heads")
 
 
 def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
@@ -581,6 +594,7 @@ def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
                             image["width"] // image.get("head_width", 64),
                             int(image["width"] * image.get("mlp_ratio", 4)), gelu, width,
                             tuple(colors.get("mean", ImageConfig.mean)), tuple(colors.get("std", ImageConfig.std)))
+        check_heads(text, image)
         return {"text_encoder": text, "image_encoder": image}
 
 
@@ -775,7 +789,8 @@ def read_word_pieces(path: Path) -> dict[str, int]:
             vocab = dict(data["model"]["vocab"])
     else:
         try:
-            vocab = {piece: i for i, piece in enumerate(path.read_text(encoding="utf-8").splitlines())}
+            pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            vocab = {piece: i for i, piece in enumerate(pieces)}
         except (OSError, ValueError) as error:
             raise InputError(f"{path} isn't a text file ({error}); get the vocab.txt of bert-base-uncased") from None
     if not {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= vocab.keys():

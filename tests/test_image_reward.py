@@ -1,9 +1,11 @@
-"""ImageReward: the published number of weights, parity of towers and tokens, what padding may not do, damaged folders."""
+"""ImageReward: the published number of weights, parity of towers and tokens, padding, damaged folders."""
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,7 +17,8 @@ from image_reward import ImageReward, ImageRewardConfig, RewardModel, WordPieces
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cafe", "circle", "un", "##believ", "##able", ",",
           "!", "2", "##2", "中", "blue"]
 NARROW = ImageRewardConfig(size=32, patch=8, width=24, layers=2, heads=3, hidden=48, vocab=len(PIECES) + 2, length=9,
-                           positions=16, text_width=32, text_layers=2, text_heads=4, text_hidden=40, head=(12, 10, 8, 6))
+                           positions=16, text_width=32, text_layers=2, text_heads=4, text_hidden=40,
+                           head=(12, 10, 8, 6))
 
 
 def random_model(config: ImageRewardConfig = NARROW) -> RewardModel:
@@ -81,6 +84,18 @@ def test_towers_and_score_equal_those_of_transformers(dtype, most):
     ours = model(images, ids, mask)
     assert ours.std() > 0.01
     torch.testing.assert_close(ours, theirs, rtol=0, atol=most)
+
+
+@pytest.mark.parametrize("height, width", [(512, 512), (300, 420), (224, 224)])
+def test_pictures_are_prepared_as_by_pillow_but_for_its_rounding_to_bytes(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    side, c = min(height, width), ImageRewardConfig()
+    picture = Image.fromarray(pixels).resize((width * 224 // side, height * 224 // side), Image.Resampling.BICUBIC)
+    top, left = (picture.height - 224) // 2, (picture.width - 224) // 2
+    theirs = torch.from_numpy(np.asarray(picture.crop((left, top, left + 224, top + 224))) / 255).permute(2, 0, 1)
+    images = torch.from_numpy(pixels / 255).permute(2, 0, 1)[None]
+    ours = preprocess(images, c)[0] * torch.tensor(c.std)[:, None, None] + torch.tensor(c.mean)[:, None, None]
+    assert (ours.clamp(0, 1) - theirs).abs().max() < 1.1 / 255
 
 
 def test_padding_changes_no_score(tmp_path):
