@@ -581,6 +581,7 @@ def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
     with json_object(path) as data:
         colors, model = data.get("preprocess_cfg", {}), data.get("model_cfg", data)
         text, image = model["text_cfg"], model["vision_cfg"]
+        require(path, colors, resize_mode="shortest", interpolation="bicubic")
         require(path, model, custom_text=False)
         require(path, text, hf_model_name=None, no_causal_mask=False, embed_cls=False, proj_bias=False,
                 pool_type="argmax", proj_type="linear", ls_init_value=None, norm_kwargs=None, act_kwargs=None)

@@ -393,10 +393,11 @@ def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path, narrow):
     ("model_cfg", {"custom_text": True}, "custom_text"), ("text_cfg", {"hf_model_name": "roberta"}, "hf_model_name"),
     ("vision_cfg", {"timm_model_name": "convnext"}, "timm_model_name"), ("vision_cfg", {"layers": [3, 4]}, "built"),
     ("vision_cfg", {"width": "wide"}, "config file"), ("vision_cfg", {"head_width": 64}, "config file"),
+    ("preprocess_cfg", {"resize_mode": "squash"}, "resize_mode"),
     ("vision_cfg", {"head_width": 12}, "can't be shared by 3 heads"), ("text_cfg", {"heads": 0}, "config file")])
 def test_an_openclip_that_is_not_made_of_these_towers_is_named(monkeypatch, capsys, tmp_path, place, changes, words):
     config = json.loads(json.dumps(OPENCLIP))
-    (config["model_cfg"] if place == "model_cfg" else config["model_cfg"][place]).update(changes)
+    (config if place in config else config["model_cfg"])[place].update(changes)
     arguments = write_hps(tmp_path, config=config) | {"reward": "clip"}
     assert words in refused(monkeypatch, capsys, tmp_path, arguments["source"], *flags(arguments))
 
