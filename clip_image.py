@@ -85,8 +85,7 @@ def preprocess(images: Tensor, config: ImageConfig) -> Tensor:
     and each colour is brought to the mean and spread that the tower knows. Differentiable."""
     h, w = images.shape[-2:]
     if min(h, w) != config.size:
-        scale = config.size / min(h, w)
-        size = (max(round(h * scale), config.size), max(round(w * scale), config.size))
+        size = (config.size * h // min(h, w), config.size * w // min(h, w))     # rounded down, as published code does
         images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
     top, left = ((side - config.size) // 2 for side in images.shape[-2:])
     images = images[..., top:top + config.size, left:left + config.size]

@@ -2,7 +2,10 @@
 
     python convert_weights.py SOURCE OUT_DIR
 
-SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`.
+    python convert_weights.py SOURCE OUT_DIR --reward hps      (or imagereward, clip)
+
+SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`. With
+--reward it is what judges pictures (`reward.py`) instead of what makes them: start at `convert_reward`.
 For each tensor that our modules have, `find` says where it lies in the source and what to do to it: names are made
 from our side, so what is missing and what nobody knows are two set differences. One tensor at a time is in memory.
 Checked against the names and shapes of the published models, diffusers 0.42.1, transformers 5.23, open_clip 3.3.0.
@@ -14,10 +17,11 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -29,10 +33,13 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import clip_image
 import clip_text
 import unet
+from clip_image import ImageConfig, ImageEncoder
 from clip_text import TextConfig, TextEncoder
-from folder import InputError, ModelConfig, check_names, open_safetensors, run_command, write_config
+from folder import InputError, ModelConfig, build, check_names, open_safetensors, run_command, write_config
+from image_reward import ImageRewardConfig, RewardModel
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -47,6 +54,13 @@ FAMILIES = {
                         VAEConfig(scaling=0.13025, force_upcast=True), clip_text.CONFIGS["vit-l-penultimate"],
                         clip_text.CONFIGS["bigg"], zero_negative=True),
 }
+# What is in a reward's folder, by component. HPSv2 and ImageReward are of one size; of other CLIPs a file doesn't tell.
+REWARDS = {
+    "hps": {"text_encoder": replace(clip_text.CONFIGS["vit-h"], layers=24, projection=1024),
+            "image_encoder": clip_image.CONFIGS["vit-h"]},
+    "imagereward": {"image_reward": ImageRewardConfig()},
+}
+REWARD_MODULES = {"text_encoder": TextEncoder, "image_encoder": ImageEncoder, "image_reward": RewardModel}
 # What a checkpoint may hold and no model here reads.
 IGNORED = (
     "model_ema.*",                                                           # averaged weights: see --ema
@@ -54,6 +68,11 @@ IGNORED = (
     "scale_factor", "logvar", "first_stage_model.loss.*", "first_stage_model.model_ema.*",     # left from training
     "*.position_ids", "*.attn_mask", "*logit_scale",                         # constants, a loss's temperature
     "*text_projection", "*text_projection.weight",                           # where no pooled vector is used
+)
+REWARD_IGNORED = (
+    "logit_scale",                                                           # scores are cosines, without it
+    "*position_ids", "attn_mask",                                            # constants
+    "blip.vision_proj.*", "blip.text_proj.*",                                # BLIP's own matching; ImageReward has none
 )
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}      # as safetensors files call them
@@ -74,15 +93,15 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """What `convert` did. Its text is what the command prints at the end."""
+    """What `convert` or `convert_reward` did. Its text is what the command prints at the end."""
     out_dir: Path
-    model: ModelConfig
+    what: str                          # the model, in a few words
     counts: dict[str, Counter[str]]    # by component: how many "tensors", and of these "renamed", "transformed"
     dropped: dict[str, str]            # what was left out, by name: the pattern that says so
     unused_ema: bool                   # the file also holds averaged weights
 
     def __str__(self) -> str:
-        lines = [f"{self.out_dir}: {self.model.family}, {self.model.prediction}, {self.model.size} pixels"]
+        lines = [f"{self.out_dir}: {self.what}"]
         lines += [f"{part:15} {n['tensors']:5} tensors, {n['renamed']:5} renamed, {n['transformed']:4} transformed"
                   for part, n in self.counts.items()]
         runs = Counter(self.dropped.values())
@@ -106,8 +125,7 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
     Raises InputError for everything that a person can get wrong.
     """
     source, out_dir = Path(source), Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise InputError(f"{out_dir} exists and isn't empty; remove it or choose another OUT_DIR")
+    check_empty(out_dir)
     configs = source if config is None else Path(config)
     with contextlib.ExitStack() as stack:
         if source.is_dir():
@@ -134,11 +152,84 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
                 write_safetensors(out / f"{part}.safetensors", module, origins[part], stored, dtype)
             build_tokenizer(vocab, merges).save(str(out / "tokenizer.json"))
             write_config(out, model)
-    counts = {part: Counter(tensors=len(named), transformed=sum(o.transform is not None for o in named.values()),
-                            renamed=sum(o.key != layout[part][0] + name for name, o in named.items()))
-              for part, named in origins.items()}
     unused_ema = not ema and sum(name.startswith("model_ema.") for name in stored) >= 100
-    return Summary(out_dir, model, counts, dropped | {name: name for name in others}, unused_ema)
+    what = f"{model.family}, {model.prediction}, {model.size} pixels"
+    return Summary(out_dir, what, count(origins, layout), dropped | {name: name for name in others}, unused_ema)
+
+
+def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokenizer: str | Path | None = None,
+                   dtype: torch.dtype | None = None, config: str | Path | None = None) -> Summary:
+    """Write the folder out_dir that `reward.load_reward` reads; on an error leave nothing there.
+
+    kind: "hps", the file HPS_v2.1_compressed.pt; "imagereward", the file ImageReward.pt; "clip", a Hugging Face folder
+        of a CLIP, or a file of OpenCLIP
+    tokenizer: as for `convert`; for ImageReward, BERT's vocab.txt or tokenizer.json, or their folder
+    config: for a file of OpenCLIP, the open_clip_config.json that says what the towers are. dtype: as for `convert`
+    Raises InputError for everything that a person can get wrong.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    check_empty(out_dir)
+    if config is not None and (source.is_dir() or kind == "imagereward"):
+        raise InputError("--config is for files of OpenCLIP: leave it out")
+    with contextlib.ExitStack() as stack:
+        if source.is_dir() and kind == "clip":
+            configs = hf_clip(source)
+            tensors = [read_weights(path, stack) for path in weight_files(source)]
+            stored = {name: tensor for some, _ in tensors for name, tensor in some.items()}
+            others = [name for _, rest in tensors for name in rest]
+        elif source.is_dir():
+            raise InputError(f"{source} is a folder; give the file that was published, such as "
+                             f"{'ImageReward.pt' if kind == 'imagereward' else 'HPS_v2.1_compressed.pt'}")
+        else:
+            stored, others = read_weights(source, stack)
+            check_kind(stored, kind, source)
+            if kind == "clip" and config is None:
+                raise InputError(f"{source} doesn't tell how many heads its towers have; give the model's "
+                                 "open_clip_config.json with --config")
+            configs = REWARDS[kind] if config is None else openclip_config(Path(config))
+        parts = {part: build(REWARD_MODULES[part], entries) for part, entries in configs.items()}
+        names = {} if source.is_dir() or kind == "imagereward" else {
+            "text_encoder": openclip_names(configs["text_encoder"]),
+            "image_encoder": openclip_image_names(configs["image_encoder"])}
+        layout = {part: ("", names.get(part, {})) for part in parts}
+        origins = {part: {name: find(name, *layout[part], stored) for name in module.state_dict()}
+                   for part, module in parts.items()}
+        remedy = OTHER_WIDTHS if names else "download it again"
+        dropped = account(origins, parts, stored, REWARD_IGNORED, source, remedy)
+
+        if tokenizer is None and not source.is_dir():
+            wanted = ("BERT's vocab.txt (that of bert-base-uncased)" if kind == "imagereward" else
+                      "a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
+            raise InputError(f"{source} holds no vocabulary; pass --tokenizer: {wanted}")
+        words = Path(tokenizer or source)
+        built = build_word_pieces(read_word_pieces(words)) if kind == "imagereward" else build_tokenizer(
+            *read_vocabulary(words))
+        size, knows = built.get_vocab_size(), next(iter(configs.values())).vocab
+        if size != knows:
+            raise InputError(f"{words} has {size} tokens, but the text tower {knows}; pass the model's own --tokenizer")
+
+        with new_folder(out_dir) as out:
+            for part, module in parts.items():
+                write_safetensors(out / f"{part}.safetensors", module, origins[part], stored, dtype)
+            built.save(str(out / "tokenizer.json"))
+            data = {part: asdict(entries) for part, entries in configs.items()}
+            (out / "config.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    total = sum(p.numel() for module in parts.values() for p in module.parameters())
+    return Summary(out_dir, f"{kind}, {total:,} parameters", count(origins, layout),
+                   dropped | {name: name for name in others}, False)
+
+
+def check_empty(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise InputError(f"{out_dir} exists and isn't empty; remove it or choose another OUT_DIR")
+
+
+def count(origins: dict[str, dict[str, Origin]],
+          layout: dict[str, tuple[str, dict[str, str]]]) -> dict[str, Counter[str]]:
+    """For a `Summary`."""
+    return {part: Counter(tensors=len(named), transformed=sum(o.transform is not None for o in named.values()),
+                          renamed=sum(o.key != layout[part][0] + name for name, o in named.items()))
+            for part, named in origins.items()}
 
 
 def components(model: ModelConfig) -> dict[str, nn.Module]:
@@ -169,17 +260,26 @@ def plan(model: ModelConfig, parts: dict[str, nn.Module], layout: dict[str, tupl
         origins["unet"] = {name: Origin("model_ema." + origin.key.removeprefix("model.").replace(".", ""))
                            for name, origin in origins["unet"].items()}
         ignored.append("model.diffusion_model.*")
+    return origins, account(origins, parts, stored, ignored, source, OTHER_WIDTHS)
+
+
+def account(origins: dict[str, dict[str, Origin]], parts: dict[str, nn.Module], stored: dict[str, Stored],
+            ignored: Iterable[str], source: Path, remedy: str) -> dict[str, str]:
+    """What is dropped by which pattern; InputError for a tensor that is absent, unknown or of another shape."""
     keys = {origin.key for named in origins.values() for origin in named.values()}
     dropped = {name: rule for name in stored if name not in keys for rule in ignored if fnmatchcase(name, rule)}
     for part, module in parts.items():
         for name, tensor in module.state_dict().items():
             if origins[part][name].key in stored:
-                check_tensor(origins[part][name], stored, tensor.shape, source)
+                check_tensor(origins[part][name], stored, tensor.shape, source, remedy)
     check_names([name for name in stored if name not in dropped], sorted(keys), str(source))
-    return origins, dropped
+    return dropped
 
 
-def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, source: Path) -> None:
+OTHER_WIDTHS = "if this is a model with other widths, give its config files with --config"
+
+
+def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, source: Path, remedy: str) -> None:
     """InputError unless the stored tensor holds floating point numbers and, transformed, gets the wanted shape."""
     have = stored[origin.key]
     if have.dtype not in DTYPES.values():
@@ -190,8 +290,7 @@ def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, s
     except RuntimeError:
         result = None
     if result is None or result.shape != shape:
-        raise InputError(f"{source}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; if this "
-                         f"is a model with other widths, give its config files with --config")
+        raise InputError(f"{source}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; {remedy}")
 
 
 # ---- reading weights ----
@@ -232,8 +331,13 @@ def read_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Store
 def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
     """A file of torch.save. Pickles can run code, so what `weights_only` doesn't allow is never loaded."""
     try:
-        data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # it warns of TorchScript, and then refuses it: see below
+            data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:                       # a damaged pickle can raise anything
+        if "TorchScript" in str(error):              # as OpenAI published CLIP
+            raise InputError(f"{path} is a program of TorchScript, not a file of weights; get this model as a Hugging "
+                             "Face folder") from None
         refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
         if refused:
             raise InputError(f"{path} holds more than tensors ({refused[1]}); loading that could run code hidden "
@@ -306,6 +410,21 @@ def detect(stored: dict[str, Stored], source: Path) -> str:
     raise InputError(f"{source} has no text encoder (cond_stage_model.* or conditioner.*); get the complete model")
 
 
+def check_kind(stored: dict[str, Stored], kind: str, source: Path) -> None:
+    """InputError unless the names of a file are those of this kind of reward."""
+    marks = {"ln_final.weight": ("hps", "clip"), "blip.visual_encoder.cls_token": ("imagereward",)}
+    if any(kind in kinds and name in stored for name, kinds in marks.items()):
+        return
+    names = {"ln_final.weight": "it is a CLIP of OpenCLIP: --reward clip, or hps if it is HPSv2's",
+             "blip.visual_encoder.cls_token": "it is ImageReward: --reward imagereward",
+             "vision_model.post_layernorm.weight": "it is a CLIP of Hugging Face: give its folder, with --reward clip",
+             "model.diffusion_model.input_blocks.0.0.weight": "it is a Stable Diffusion model: leave out --reward"}
+    first = next(iter(stored), "absent")
+    found = next((text for name, text in names.items() if name in stored), f"its first tensor is {first}")
+    wanted = {"hps": "HPSv2 in OpenCLIP's layout", "clip": "a CLIP in OpenCLIP's layout", "imagereward": "ImageReward"}
+    raise InputError(f"{source} is not {wanted[kind]} ({found})")
+
+
 def check_inputs(channels: int, where: Path) -> None:
     kinds = {5: "a depth-to-image model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
     if channels in kinds:
@@ -332,7 +451,7 @@ def json_object(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"there is no {path}; get the complete Hugging Face folder") from None
     except KeyError as error:
         raise InputError(f"{path} lacks the entry {error}; download it again") from None
-    except (AttributeError, IndexError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path} can't be read as a config file ({error}); download it again") from None
 
 
@@ -423,6 +542,63 @@ def hf_text(path: Path, usual: TextConfig) -> TextConfig:
                           usual.output, data["projection_dim"] if usual.projection else None, usual.pad)
 
 
+def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
+    """config.json of the Hugging Face folder of a CLIP. What it leaves out is as in transformers' classes."""
+    path, both = folder / "config.json", {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    usual_text = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
+                  "num_attention_heads": 8, "intermediate_size": 2048, **both}
+    usual_image = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+                   "num_attention_heads": 12, "intermediate_size": 3072, "num_channels": 3, **both}
+    with json_object(path) as data:
+        require(path, data, model_type="clip")
+        text, image = usual_text | data["text_config"], usual_image | data["vision_config"]
+        for entries in (text, image):
+            gelu = "gelu" if entries["hidden_act"] == "gelu" else "quick_gelu"
+            require(path, entries, layer_norm_eps=1e-5, hidden_act=gelu, num_channels=3)
+        width = data.get("projection_dim", 512)
+        # nothing that stands behind the end token is seen from there, so that the padding doesn't matter
+        text = TextConfig(text["vocab_size"], text["max_position_embeddings"], text["hidden_size"],
+                          text["num_hidden_layers"], text["num_attention_heads"], text["intermediate_size"],
+                          text["hidden_act"], projection=width, pad=0)
+        image = ImageConfig(image["image_size"], image["patch_size"], image["hidden_size"], image["num_hidden_layers"],
+                            image["num_attention_heads"], image["intermediate_size"], image["hidden_act"], width)
+        check_heads(text, image)
+    colors = folder / "preprocessor_config.json"
+    if colors.is_file():
+        with json_object(colors) as data:
+            image = replace(image, mean=tuple(data["image_mean"]), std=tuple(data["image_std"]))
+    return {"text_encoder": text, "image_encoder": image}
+
+
+def check_heads(*towers: TextConfig | ImageConfig) -> None:
+    for tower in towers:
+        if tower.width % tower.heads:
+            raise ValueError(f"a width of {tower.width} can't be shared by {tower.heads} heads")
+
+
+def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
+    """open_clip_config.json of a model on the Hugging Face hub, or a file of OpenCLIP's model_configs."""
+    with json_object(path) as data:
+        colors, model = data.get("preprocess_cfg", {}), data.get("model_cfg", data)
+        text, image = model["text_cfg"], model["vision_cfg"]
+        require(path, colors, resize_mode="shortest", interpolation="bicubic")
+        require(path, model, custom_text=False)
+        require(path, text, hf_model_name=None, no_causal_mask=False, embed_cls=False, proj_bias=False,
+                pool_type="argmax", proj_type="linear", ls_init_value=None, norm_kwargs=None, act_kwargs=None)
+        require(path, image, timm_model_name=None, attentional_pool=False, no_ln_pre=False, pool_type="tok",
+                pos_embed_type="learnable", final_ln_after_pool=False, ls_init_value=None, norm_kwargs=None,
+                act_kwargs=None)
+        gelu, width = "quick_gelu" if model.get("quick_gelu") else "gelu", model["embed_dim"]
+        text = TextConfig(text["vocab_size"], text["context_length"], text["width"], text["layers"], text["heads"],
+                          int(text["width"] * text.get("mlp_ratio", 4)), gelu, projection=width, pad=0)
+        image = ImageConfig(image["image_size"], image["patch_size"], image["width"], image["layers"],
+                            image["width"] // image.get("head_width", 64),
+                            int(image["width"] * image.get("mlp_ratio", 4)), gelu, width,
+                            tuple(colors.get("mean", ImageConfig.mean)), tuple(colors.get("std", ImageConfig.std)))
+        check_heads(text, image)
+        return {"text_encoder": text, "image_encoder": image}
+
+
 def hf_schedule(path: Path) -> tuple[NoiseSchedule, str]:
     """The scheduler's config, and what the U-Net predicts. Absent entries are as in diffusers' DDIMScheduler."""
     with json_object(path) as data:
@@ -452,7 +628,7 @@ def find(name: str, prefix: str, names: dict[str, str], stored: dict[str, Stored
     key = next((prefix + k for k in (key, old, bare) if prefix + k in stored), prefix + key)
     if ".attn.in_proj_" in key:                      # OpenCLIP holds queries, keys and values in one tensor
         return Origin(key, partial(third, "qkv".index(name.split(".self_attn.")[1][0])))
-    if key.endswith(".text_projection"):             # used as x @ text_projection there
+    if key.split(".")[-1] in ("text_projection", "proj"):                    # used as x @ text_projection there
         return Origin(key, torch.t)
     if name.startswith(("encoder.mid_block.attentions.", "decoder.mid_block.attentions.")):
         if key in stored and len(stored[key].shape) > 2:                     # a 1x1 convolution: linear here
@@ -526,11 +702,23 @@ def openclip_names(config: TextConfig) -> dict[str, str]:
     names = {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
              "text_model.embeddings.position_embedding.weight": "positional_embedding",
              "text_projection.weight": "text_projection"}
+    return names | openclip_layers("text_model.encoder.layers", "transformer.resblocks", config.layers)
+
+
+def openclip_image_names(config: ImageConfig) -> dict[str, str]:
+    """The same for the image tower."""
+    names = {"vision_model.embeddings.class_embedding": "visual.class_embedding",
+             "vision_model.embeddings.patch_embedding": "visual.conv1", "visual_projection.weight": "visual.proj",
+             "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+             "vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post"}
+    return names | openclip_layers("vision_model.encoder.layers", "visual.transformer.resblocks", config.layers)
+
+
+def openclip_layers(ours: str, theirs: str, layers: int) -> dict[str, str]:
     inside = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
               "self_attn.out_proj": "attn.out_proj"}
     inside |= {f"self_attn.{x}_proj.{kind}": f"attn.in_proj_{kind}" for x in "qkv" for kind in ("weight", "bias")}
-    return names | {f"text_model.encoder.layers.{n}.{a}": f"transformer.resblocks.{n}.{b}"
-                    for n in range(config.layers) for a, b in inside.items()}
+    return {f"{ours}.{n}.{a}": f"{theirs}.{n}.{b}" for n in range(layers) for a, b in inside.items()}
 
 
 # ---- the tokenizer ----
@@ -587,6 +775,38 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return tokenizer
+
+
+def read_word_pieces(path: Path) -> dict[str, int]:
+    """BERT's vocabulary: vocab.txt, a piece in each line, or tokenizer.json, or a folder with one of these."""
+    if path.is_dir():
+        path = next((path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).is_file()), path)
+    if not path.is_file():
+        raise InputError(f"there is no vocab.txt or tokenizer.json at {path}; pass --tokenizer: the vocab.txt of "
+                         "bert-base-uncased")
+    if path.suffix == ".json":
+        with json_object(path) as data:
+            vocab = dict(data["model"]["vocab"])
+    else:
+        try:
+            pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            vocab = {piece: i for i, piece in enumerate(pieces)}
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} isn't a text file ({error}); get the vocab.txt of bert-base-uncased") from None
+    if not {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= vocab.keys():
+        raise InputError(f"{path} is not BERT's vocabulary (it has no [CLS] and its like); get the vocab.txt of "
+                         "bert-base-uncased")
+    return vocab
+
+
+def build_word_pieces(vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    """BERT's uncased tokenizer, with the two tokens that BLIP added behind its vocabulary."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"])
     return tokenizer
 
 
@@ -650,7 +870,8 @@ def write_safetensors(path: Path, module: nn.Module, origins: dict[str, Origin],
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
-                                     "Convert a Stable Diffusion checkpoint to the folder that txt2img.py loads.")
+                                     "Convert a Stable Diffusion checkpoint, or with --reward what judges pictures, to "
+                                     "the folder that txt2img.py loads.")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="Hugging Face folder, .safetensors or .ckpt file")
     add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write; new, or empty")
@@ -660,8 +881,18 @@ def main() -> None:
     add("--tokenizer", type=Path,
         help="single files need it: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights; None: as stored")
-    add("--config", type=Path, help="a Hugging Face folder whose config files to use instead of the source's")
+    add("--config", type=Path, help="a Hugging Face folder whose config files to use instead of the source's; "
+                                    "--reward: open_clip_config.json, for a file of OpenCLIP")
+    add("--reward", choices=["hps", "imagereward", "clip"],
+        help="SOURCE judges pictures: HPS_v2.1_compressed.pt, ImageReward.pt, or a CLIP as Hugging Face folder or "
+             "OpenCLIP file; ImageReward's --tokenizer is the vocab.txt of bert-base-uncased")
     args = parser.parse_args()
+    if args.reward is not None:
+        if args.prediction is not None or args.ema:
+            raise InputError("--prediction and --ema are for Stable Diffusion models; leave them out with --reward")
+        print(convert_reward(args.source, args.out_dir, args.reward, tokenizer=args.tokenizer,
+                             dtype=args.dtype and getattr(torch, args.dtype), config=args.config))
+        return
     print(convert(args.source, args.out_dir, prediction=args.prediction, ema=args.ema, tokenizer=args.tokenizer,
                   dtype=args.dtype and getattr(torch, args.dtype), config=args.config))
 

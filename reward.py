@@ -1,13 +1,17 @@
-"""How well a picture fits its prompt, as a differentiable number: CLIP's two towers.
+"""How well a picture fits its prompt, as a differentiable number: CLIP's two towers, and what else can say it.
 
     images --preprocess--> ImageEncoder --.
                                           cosine --> score (B,)
     prompts --Tokenizer--> TextEncoder ---'
 
-Start at `ClipReward.__call__`. Shapes: B images, H W pixels, P width of the space that both towers share.
-Source: "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, section 2.
+Start at `ClipReward.__call__`. HPSv2 is such a CLIP too, a ViT-H/14 that was trained on people's choices between
+pictures; its published tables show the cosine times 100. ImageReward is another network: `image_reward.py`.
+`load_reward` reads a folder of any kind. Shapes: B images, H W pixels, P width of the space that both towers share.
+Source: "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, section 2, and
+"Human Preference Score v2", arXiv 2306.09341. Checked against transformers 5.23 and open_clip 3.3.
 """
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from torch import Tensor
 from clip_image import ImageConfig, ImageEncoder
 from clip_text import TextConfig, TextEncoder, Tokenizer
 from folder import InputError, build, from_json, load_tokenizer, load_weights, replacing
+from image_reward import ImageReward
 
 
 class ClipReward:
@@ -80,3 +85,36 @@ class ClipReward:
         """B texts -> (B, P), not normalised"""
         ids, _ = self.tokenizer(prompts, self.text.config.length, self.text.config.pad)
         return self.text(ids.to(self.image.visual_projection.weight.device))[1]
+
+
+def load_reward(folder: str | Path, device: str | torch.device = "cpu",
+                dtype: torch.dtype = torch.float32) -> ClipReward | ImageReward:
+    """The reward in a folder, of the kind that its config.json tells. InputError where there is none."""
+    folder = Path(folder)
+    command = "python convert_weights.py SOURCE OUT_DIR --reward clip (or hps, imagereward)"
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, not a converted reward; convert it first: {command}")
+    try:
+        entries = set(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} holds no reward (its config.json can't be read: {error}); make one: "
+                         f"{command}") from None
+    if "family" in entries:
+        raise InputError(f"{folder} is a model that makes pictures, not a reward that judges them; make one: {command}")
+    return (ImageReward if "image_reward" in entries else ClipReward).load(folder, device, dtype)
+
+
+def add_rewards(rewards: list[ClipReward | ImageReward]) -> Callable[[Tensor, list[str]], Tensor]:
+    """Several rewards as one: the negative of ReLU(2 - ImageReward) + 5 (1 - cosine), MaskUNet's loss.
+
+    So its released code; the paper's eq. 10 (arXiv 2505.03097) has a sum without signs and weights. A reward alone
+    stays as it is: AdamW, which climbs it, doesn't look at its scale, and there is no reason to stop at 2.
+    """
+    if len(rewards) == 1:
+        return rewards[0]
+
+    def total(images: Tensor, prompts: list[str]) -> Tensor:
+        losses = [F.relu(2 - reward(images, prompts)) if isinstance(reward, ImageReward)
+                  else 5 * (1 - reward(images, prompts)) for reward in rewards]
+        return -sum(losses)
+    return total

@@ -39,7 +39,7 @@ from freescale import FreeScale, enlarge
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks, score_latents
 from memory import free_memory, plan_stages
-from reward import ClipReward
+from reward import add_rewards, load_reward
 from sampler import SAMPLERS, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE
@@ -422,8 +422,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="threshold, expected: without chance; expected: weights times their probability")
     group.add_argument("--mask-fixed", action="store_true", help="the same chance at every step")
     group.add_argument("--mask-shared", action="store_true", help="the same chance with and without the prompt")
-    group.add_argument("--mask-reward", metavar="clip|FOLDER",
-                       help="search for masks at every step, by the CLIP in the model's folder clip, or in FOLDER")
+    group.add_argument("--mask-reward", metavar="clip|FOLDER[,...]",
+                       help="search for masks at every step, by the CLIP in the model's folder clip, or by what "
+                            "convert_weights.py --reward wrote; as published: IMAGEREWARD_FOLDER,HPS_FOLDER")
     group.add_argument("--mask-iterations", type=int, default=15, metavar="N", help="reward: updates at every step")
     group.add_argument("--mask-schedule", default="paper", help="reward: paper, N at every step; or released")
     group.add_argument("--mask-keep", default="last", help="reward: last, the mask after N updates; or best, of all")
@@ -600,8 +601,8 @@ def read_mask_search(args: argparse.Namespace) -> Callable[[VAE, list[str]], Mas
         raise InputError(str(error)) from None
     if args.mask_reward is None:
         return None
-    folder = args.model / "clip" if args.mask_reward == "clip" else Path(args.mask_reward)
-    reward = ClipReward.load(folder, args.device)
+    reward = add_rewards([load_reward(args.model / "clip" if name == "clip" else name, args.device)
+                          for name in args.mask_reward.split(",")])
     return lambda vae, prompts: MaskSearch(score_latents(vae, reward, prompts), **settings)
 
 
