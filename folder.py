@@ -32,6 +32,7 @@ class InputError(ValueError):
 
 
 FAMILIES = ("sd15", "sd21", "sdxl", "tiny")
+TINY = Path(__file__).resolve().parent / "models" / "tiny"      # the embedded model
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,17 @@ def write_config(folder: Path, config: ModelConfig) -> None:
     """Write config.json, from which `read_config` makes the same object again."""
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def check_size(height: int, width: int) -> tuple[int, int]:
+    """InputError for a side that is not a positive multiple of 8, naming the nearest that are, or beyond reason."""
+    for name, side in (("height", height), ("width", width)):
+        if side > 65536:
+            raise InputError(f"{name} {side} is beyond all memory; the largest is 65536")
+        if side <= 0 or side % 8:
+            near = max(side // 8 * 8, 8)
+            raise InputError(f"{name} {side} is not a multiple of 8; the nearest are {near} and {near + 8}")
+    return height, width
 
 
 def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:

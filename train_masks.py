@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from folder import InputError, replacing
+from folder import TINY, InputError, replacing
 from maskunet import DynamicMasks, Gumbel, MaskRun, Masks, StaticMasks, fingerprint, mix, save_masks
 from sampler import draw_noise
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 from unet import UNet
 
 BUCKETS = 5                                        # of the times 0..999, for the log

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WHOLE = 128 * 128      # latent pixels decoded in one piece by default (SDXL's 1024x1024); above, in tiles
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -226,6 +228,11 @@ class VAE(nn.Module):
         self.decoder(thumbnail(z, size, tile, 1), known)
         return blend_tiles(image, size, tile, factor, lambda top, bottom, left, right: self.decoder(
             z[:, :, top:bottom, left:right], known))
+
+
+def tile_side(tile: int | None, latents: Tensor) -> int | None:
+    """The VAE's `tile` argument: as asked (0: none), or by the latents' size."""
+    return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
 
 
 def thumbnail(x: Tensor, size: tuple[int, int], tile: int, scale: int) -> Tensor:

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate, run_macs, unit_macs
-from folder import InputError, replacing, run_command
+from folder import TINY, InputError, replacing, run_command
 from lab.evaluate import evaluate
 from lab.freeu_study import mixed_prompts, paired_interval
 from sampler import generate
-from txt2img import TINY, StableDiffusion, psnr
+from txt2img import StableDiffusion, psnr
 from unet import CONFIGS, UNet, sinusoid
 
 Techniques = dict[str, Any]                                # the arguments `cache` and `tgate` of a run

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from convert_weights import FAMILIES
-from folder import InputError, read_config, run_command
+from folder import TINY, InputError, read_config, run_command
 from freescale import FreeScale
 from freeu import PRESETS, FreeU
 from memory import StagePlan, plan_stages
-from txt2img import TINY, tile_side
 from unet import UNet
+from vae import tile_side
 
 GB = 1e9
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.cache import against_first, alternate
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate, run_macs
-from folder import InputError, read_config, run_command
+from folder import TINY, InputError, read_config, run_command
 from freeu import PRESETS, FreeU
 from lab.evaluate import evaluate
 from lab.freeu_study import (
@@ -36,7 +36,7 @@ from lab.freeu_study import (
     write_json,
 )
 from sampler import SAMPLERS, plan
-from txt2img import TINY, StableDiffusion, psnr
+from txt2img import StableDiffusion, psnr
 from unet import UNet
 
 # ---------------------------------------------------------------------------------------------- features over the steps

@@ -26,10 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_image import ImageEncoder
+from flags import parse_arguments, sample_settings
 from folder import InputError, read_config, replacing, run_command
 from lab import shapes
 from reward import ClipReward
-from txt2img import StableDiffusion, parse_arguments, peak_memory, sample_settings
+from txt2img import StableDiffusion, peak_memory
 
 BENCH = Path(__file__).with_name("bench.jsonl")
 

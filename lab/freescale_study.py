@@ -23,14 +23,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from folder import InputError, read_config, replacing, run_command
+from folder import TINY, InputError, read_config, replacing, run_command
 from freescale import FreeScale
 from highres_baselines import demo_fusion, hidiffusion, scale_crafter
 from lab import shapes
 from lab.evaluate import wilson
 from memory import measure
 from sampler import SAMPLERS, plan
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 
 Arm = Callable[[int], dict[str, Any]]                                  # a seed -> arguments of `sd.sample`
 

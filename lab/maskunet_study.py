@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from folder import InputError, read_config, replacing, run_command
+from folder import TINY, InputError, read_config, replacing, run_command
 from lab import shapes
 from lab.evaluate import BENCH, drawn_features, evaluate, fingerprint, frechet_distance, read_rows, to_bytes
 from lab.freeu_study import pyplot, save
@@ -51,7 +51,7 @@ from memory import Meter
 from reward import ClipReward
 from sampler import SAMPLERS, draw_noise, generate, plan
 from train_masks import BUCKETS, Training, noised, train
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------ what is trained

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from folder import TINY
 from lab import shapes
 from lab.evaluate import bootstrap, by_kind, frechet_distance, make_prompts, read_rows, wilson
-from txt2img import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--steps", "2", "--drawn", "0")

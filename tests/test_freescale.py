@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from cache import DeepCache, FasterDiffusion
+from folder import TINY
 from freescale import FreeScale, Scale, Stage, attend_parts, attend_windows, fuse, gaussian, place_windows, smooth
 from freeu import FreeU
 from sampler import SAMPLERS, NoiseSchedule, generate, plan
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 from unet import CONFIGS, Attention, TransformerBlock, UNet, UNetConfig, convolve
 
 NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)

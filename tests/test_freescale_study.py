@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from folder import run_command
+from folder import TINY, run_command
 from lab import freescale_study, shapes
 from lab.freescale_study import arms, judge_arm, log_spectrum, make_scenes
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 
 
 @pytest.fixture()

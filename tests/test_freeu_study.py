@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from folder import TINY
 from freeu import FreeU, damp_low_frequencies
 from lab import freeu_study
 from lab.freeu_study import ChannelChoice, Plain, Recorder, Runs, arms, mixed_prompts, relative_log_amplitude
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 from unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import highres_baselines
+from folder import TINY
 from freescale import FreeScale
 from freeu import FreeU
 from highres_baselines import Changes, demo_fusion, forward, hidiffusion, redilate, scale_crafter, shifted_windows
 from sampler import ddim, generate, plan, x0_and_eps
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 from unet import CONFIGS, Attention, UNet, UNetConfig
 
 NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)

@@ -22,7 +22,7 @@ from torch import nn
 import maskunet
 import txt2img
 from cache import DeepCache, FasterDiffusion
-from folder import InputError, run_command
+from folder import TINY, InputError, run_command
 from freeu import FreeU, skip_tuning
 from maskunet import (
     LAYERS,
@@ -912,7 +912,7 @@ TINY_PICTURE = ["a red circle", "--steps", 2, "--device", "cpu", "--mask-reward"
 
 def test_a_search_by_the_models_own_clip_runs_from_the_command_line_and_raises_the_score(tmp_path, command):
     scores = {}
-    reward = ClipReward.load(txt2img.TINY / "clip")
+    reward = ClipReward.load(TINY / "clip")
     for name, flags in {"none": ["--mask-iterations", 0], "search": ["--mask-iterations", 6]}.items():
         code, _, err = command(txt2img.main, *TINY_PICTURE, *flags, "--mask-checkpoint",
                                "--out", tmp_path / f"{name}.png")

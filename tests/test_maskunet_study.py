@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from folder import run_command
+from folder import TINY, run_command
 from lab import maskunet_study
 from lab.maskunet_study import ARMS, RECIPES, Study, Tuned, TunedUNet, interval, matched_rank, share, size
 from maskunet import DynamicMasks, Masks
 from reward import ClipReward
 from train_masks import Training, train
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 from unet import UNet
 
 

@@ -8,10 +8,9 @@ from torch import nn
 
 import unet as unet_file
 from convert_weights import FAMILIES
-from folder import read_config
+from folder import TINY, read_config
 from freescale import FreeScale
 from memory import Meter, free_memory, measure, plan_stages
-from txt2img import TINY
 from unet import FeedForward, UNet
 
 KB = 1024

@@ -9,11 +9,10 @@ import torch
 from clip_image import CONFIGS, ImageConfig, ImageEncoder, preprocess
 from clip_text import CONFIGS as TEXT_CONFIGS
 from clip_text import TextEncoder
-from folder import InputError
+from folder import TINY, InputError
 from lab import shapes
 from lab.evaluate import retrieval
 from reward import ClipReward
-from txt2img import TINY
 
 NARROW = ImageConfig(size=32, patch=8, width=32, layers=2, heads=4, hidden=48, projection=16)
 

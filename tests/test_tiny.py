@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from folder import TINY
 from lab import shapes
 from lab.evaluate import evaluate, read_rows, to_bytes
 from reward import ClipReward
-from txt2img import TINY, StableDiffusion
+from txt2img import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = 0.70                # by that test, when the weights were committed

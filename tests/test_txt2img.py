@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import folder
 import txt2img
 from clip_text import TextConfig, TextEncoder
+from flags import read_image
 from folder import InputError, ModelConfig, run_command, write_config
 from freescale import FreeScale
 from sampler import NoiseSchedule
@@ -226,7 +227,7 @@ def test_start_pictures_of_every_kind_are_read_as_they_look(tmp_path):
     for picture, want in ((Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 1.0), (Image.new("L", (8, 8), 128), 128 / 255),
                           (Image.fromarray(np.full((8, 8), 30000, np.uint16)), 117 / 255)):
         picture.save(args.init_image)
-        assert torch.allclose(txt2img.read_image(args), torch.tensor(want), atol=1e-6)
+        assert torch.allclose(read_image(args), torch.tensor(want), atol=1e-6)
 
 
 def test_wrong_shapes_and_counts_are_named(narrow):
@@ -321,7 +322,7 @@ def test_a_detail_map_is_read_and_checked(narrow, tmp_path, command):
     (["--low-memory", "--dtype", "bfloat16", "--vae-tile", 0], "--vae-tile 64 or smaller --resolutions")])
 def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, hints, narrow, tmp_path, command,
                                                                         monkeypatch):
-    monkeypatch.setattr(txt2img, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr("flags.free_memory", lambda device: 1_000_000)
     monkeypatch.setattr(StableDiffusion, "load", None)
     code, _, stderr = command("a circle", "--model", narrow, "--freescale", 4, "--out", tmp_path / "p.png", *flags)
     assert code == 2 and stderr.count("\n") == 1 and stderr.endswith(f"GB free on cpu: use {hints}\n")
