@@ -74,11 +74,13 @@ class StableDiffusion:
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             low_memory: bool = False) -> "StableDiffusion":
+             low_memory: bool = False, compiled: bool = False) -> "StableDiffusion":
         """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
 
         low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
             of guidance run one after the other. The same pictures, with less memory and somewhat slower.
+        compiled: torch.compile makes one graph of the U-Net, at its first call and again for every other size, batch
+            or set of techniques: minutes for a large model, so for many pictures of one kind.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -95,6 +97,8 @@ class StableDiffusion:
         if dtype != torch.float32:                                     # half-precision convolutions want this layout
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
+        if compiled:
+            unet.compile(fullgraph=True, dynamic=False)
         return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
 
     @contextlib.contextmanager
