@@ -11,15 +11,15 @@ from test_txt2img import make_folder
 
 from benchmarks import speed
 from benchmarks.speed import Row, chosen, drift, error, insert, rows_of, table, take_turns
-from cache import DeepCache, FasterDiffusion, Inherit, TGate
+from cache import DeepCache, FasterDiffusion, TGate
 from folder import InputError, run_command
 from freeu import PRESETS, FreeU
 from txt2img import StableDiffusion
 from unet import WIDE, project
 
 NUMBERS = {"row": "unet tiny 64 float32 guided eager", "seconds": 0.02, "base seconds": 0.03, "ratio": 1.5,
-           "least": 1.4, "greatest": 1.6, "cpu ratio": 1.45, "error": 1e-7, "base error": 0.0, "flops": 5e9, "bytes": 1e9,
-           "of peak": 0.5, "base of peak": 0.25, "peak": {"peak": 4e8}, "base peak": {"peak": 6e8}}
+           "least": 1.4, "greatest": 1.6, "cpu ratio": 1.45, "error": 1e-7, "base error": 0.0, "flops": 5e9,
+           "bytes": 1e9, "of peak": 0.5, "base of peak": 0.25, "peak": {"peak": 4e8}, "base peak": {"peak": 6e8}}
 FREEU = FreeU(*PRESETS[2]["tiny"], rule="level")
 
 
@@ -143,10 +143,8 @@ def test_wide_layers_are_the_same_as_convolutions():
 
 
 @pytest.mark.parametrize("techniques,graphs", [
-    ({}, 1), ({"freeu": FREEU}, 1), ({"cache": DeepCache(2, 1)}, 4),
-    ({"cache": FasterDiffusion(2)}, 4), ({"cache": Inherit("mid", 2)}, 4), ({"tgate": TGate(3)}, 4),
-    ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)],
-    ids=["plain", "freeu", "deepcache", "faster", "inherit", "tgate", "together"])
+    ({}, 1), ({"cache": FasterDiffusion(2)}, 4),
+    ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)], ids=["plain", "faster", "together"])
 def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_few_times(techniques, graphs, tmp_path):
     """A graph a kind of step, not one a step. Without a compiler behind the graphs, which needs none of C++."""
     torch.compiler.reset()
