@@ -68,6 +68,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-tile", type=int, help="side of VAE tiles in latent pixels, 0: none (default: by size)")
     parser.add_argument("--low-memory", action="store_true",
                         help="less memory on the device, slower: guidance in two passes, only the U-Net stays there")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile the U-Net: minutes at first, and again for every other size or batch")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 elsewhere")
     group = parser.add_argument_group("FreeU and skip scaling (freeu.py)")

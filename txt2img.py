@@ -74,11 +74,14 @@ class StableDiffusion:
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             low_memory: bool = False) -> "StableDiffusion":
+             low_memory: bool = False, compiled: bool = False) -> "StableDiffusion":
         """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
 
         low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
             of guidance run one after the other. The same pictures, with less memory and somewhat slower.
+        compiled: torch.compile makes one graph of the U-Net, at its first call and again for every other size, batch
+            or set of techniques: minutes for a large model, so for many pictures of one kind. Masks by chance and
+            FreeScale draw random numbers inside the U-Net, where graphs break: right, but with less to gain.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -95,6 +98,9 @@ class StableDiffusion:
         if dtype != torch.float32:                                     # half-precision convolutions want this layout
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
+        if compiled:
+            frozen = {"freezing": True} if torch.device(device).type == "cpu" else None      # weights laid out once
+            unet.compile(dynamic=False, options=frozen)
         return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
 
     @contextlib.contextmanager
@@ -113,16 +119,17 @@ class StableDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"a prompt is a text or a list of texts, not {prompts!r}")
-        hidden, pooled, lost = [], None, []
+        unique, hidden, pooled, lost = list(dict.fromkeys(prompts)), [], None, []
         for text in self.text_encoders:
-            ids, lost = self.tokenizer(prompts, text.config.length, text.config.pad)
+            ids, lost = self.tokenizer(unique, text.config.length, text.config.pad)
             with self.on_device(text):
                 h, pooled = text(ids.to(self.device))                  # SDXL's pooled vector is the second encoder's
             hidden.append(h)
-        for prompt, words in zip(prompts, lost):
+        for prompt, words in zip(unique, lost):
             if words:
                 warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}", stacklevel=2)
-        return torch.cat(hidden, dim=-1), pooled
+        rows = [unique.index(prompt) for prompt in prompts]
+        return torch.cat(hidden, dim=-1)[rows], None if pooled is None else pooled[rows]
 
     def size_conditioning(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
         """SDXL's added condition (B, add_dim): the pooled text (B, P), then a wave for each of six sizes (B, 6).
@@ -353,7 +360,7 @@ def main() -> None:
             check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
                          torch.device(device))
         search = read_mask_search(args)
-        sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory)
+        sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile)
         settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings, init_image is not None)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)

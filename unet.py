@@ -40,6 +40,7 @@ class UNetConfig:
     groups: int = 32                                      # of every GroupNorm
 
 
+WIDE = 320 * 320          # weights of a layer from which it is a convolution on a CPU, see `project`
 CHUNK = 32768              # tokens that a feed-forward layer takes at a time; SDXL's largest at 1024 pixels has 4096
 
 CONFIGS = {
@@ -110,13 +111,23 @@ class AttentionMasks(NamedTuple):
 UNMASKED = AttentionMasks()
 
 
-def linear(layer: nn.Linear, x: Tensor, mask: Tensor | None) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, (B, N, C_in) -> (B, N, C_out). Wide layers in float32 on a CPU as a 1x1 convolution over the tokens.
+
+    PyTorch gives that to oneDNN, and products to MKL, which is slower on AMD's processors: see `benchmarks/README.md`.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < WIDE:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+
+
+def linear(layer: nn.Linear, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """A linear layer, its weights times the mask: (B, N, C_in) -> (B, N, C_out). The bias is never masked."""
     if mask is None:
-        return layer(x)
+        return project(x, layer.weight, layer.bias)
     w = layer.weight * mask.to(layer.weight.dtype)
     if w.dim() == 2:
-        return F.linear(x, w, layer.bias)
+        return project(x, w, layer.bias)
     return torch.bmm(x, w.mT) if layer.bias is None else torch.baddbmm(layer.bias, x, w.mT)
 
 
@@ -159,7 +170,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = linear(self.proj, x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
@@ -172,7 +183,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = [self.net[2](self.net[0](piece)) for piece in x.split(CHUNK, dim=1)]
+        pieces = [linear(self.net[2], self.net[0](piece)) for piece in x.split(CHUNK, dim=1)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
@@ -228,10 +239,10 @@ class SpatialTransformer(nn.Module):
                 freescale: "Scale | None" = None) -> Tensor:
         masks = [None] * len(text) if masks is None else masks
         h = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C)
-        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = project(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block, keys_values, mask in zip(self.transformer_blocks, text, masks, strict=True):
             h = block(h, keys_values, x.shape[2:], gate, mask, freescale)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        h = project(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
 

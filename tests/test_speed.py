@@ -1,0 +1,159 @@
+"""benchmarks/speed.py: what it reports and refuses; and what speed rests on: batches, and graphs that don't break.
+
+No time is asserted here.
+"""
+import argparse
+import sys
+
+import pytest
+import torch
+from test_txt2img import make_folder
+
+from benchmarks import speed
+from benchmarks.speed import Row, chosen, drift, error, insert, rows_of, table, take_turns
+from cache import DeepCache, FasterDiffusion, TGate
+from folder import InputError, run_command
+from freeu import PRESETS, FreeU
+from txt2img import StableDiffusion
+from unet import WIDE, project
+
+NUMBERS = {"row": "unet tiny 64 float32 guided eager", "seconds": 0.02, "base seconds": 0.03, "ratio": 1.5,
+           "least": 1.4, "greatest": 1.6, "cpu ratio": 1.45, "error": 1e-7, "base error": 0.0, "flops": 5e9,
+           "bytes": 1e9, "of peak": 0.5, "base of peak": 0.25, "peak": {"peak": 4e8}, "base peak": {"peak": 6e8}}
+FREEU = FreeU(*PRESETS[2]["tiny"], rule="level")
+
+
+def test_every_row_has_a_name_of_its_own_and_words_choose_rows():
+    for device in ("cpu", "cuda"):
+        names = [row.name for row in rows_of(device)]
+        assert len(set(names)) == len(names) > 50
+    assert [row.name for row in chosen(rows_of("cpu"), ["decode tiny bfloat16"])] == ["decode tiny 64 bfloat16"]
+    assert chosen(rows_of("cpu"), list(speed.TARGETS))
+    with pytest.raises(InputError, match="no row's name has all words of 'decode sd3'"):
+        chosen(rows_of("cpu"), ["unet", "decode sd3"])
+
+
+def test_drift_is_the_farthest_rounds_distance_from_the_median():
+    assert drift([1.0, 1.0, 1.1, 0.95, 1.0]) == pytest.approx(0.1)
+    assert drift([1.0, 1.0, 1.0, 1.0, 0.8]) == pytest.approx(0.2)
+
+
+def test_turns_alternate_and_every_round_has_both(monkeypatch):
+    said = []
+    seconds, first = take_turns([lambda: said.append("a"), lambda: said.append("b")], 3, "cpu")
+    assert said[:4] == ["a", "b", "a", "b"]                            # two warm-ups
+    rounds = [said[4 + 100 * k:4 + 100 * (k + 1)] for k in range(3)]
+    assert [r[0] + r[-1] for r in rounds] == ["ab", "ba", "ab"] and len(said) == 304
+    assert [len(s) for s in seconds] == [3, 3] and len(first) == 2
+
+
+def test_errors_are_relative_to_the_largest_value():
+    assert error(torch.tensor([1.0, 3.9]), torch.tensor([1.0, 4.0])) == pytest.approx(0.025)
+
+
+def measure(monkeypatch, tmp_path, seconds: list[float]) -> dict:
+    """`measure_row` where diffusers' rounds took these seconds and ours one each."""
+    side = lambda *_: ((lambda: torch.ones(1)), [])
+    monkeypatch.setattr(speed, "make_folders", lambda family, work: (tmp_path, tmp_path))
+    monkeypatch.setattr(speed, "our_side", side)
+    monkeypatch.setattr(speed, "their_side", side)
+    monkeypatch.setattr(speed, "take_turns", lambda calls, rounds, device: (
+        [[(1.0, 1.0)] * len(seconds), [(s, s) for s in seconds]], [(1.0, 1.0)] * 2))
+    args = argparse.Namespace(work=tmp_path, device="cpu", rounds=len(seconds), drift=0.15, memory=False)
+    return speed.measure_row(Row("decode", "tiny", 64), args, {"float32": 1e12, "bandwidth": 1e10})
+
+
+def test_a_row_is_refused_without_a_ratio_when_diffusers_own_seconds_drift(monkeypatch, tmp_path):
+    result = measure(monkeypatch, tmp_path, [2.0, 2.0, 2.0, 2.0, 2.4])
+    assert result["refused"] == "diffusers' own seconds drift by 20 %"
+    assert not {"seconds", "ratio", "of peak"} & set(result)
+    assert "refused: diffusers' own seconds drift by 20 %" in table([result])
+
+
+def test_a_steady_row_reports_the_median_of_the_rounds_own_ratios(monkeypatch, tmp_path):
+    result = measure(monkeypatch, tmp_path, [2.0, 2.1, 2.2, 1.9, 2.0])
+    assert "refused" not in result and (result["ratio"], result["least"], result["greatest"]) == (2.0, 1.9, 2.2)
+    assert result["flops"] > 1e8 and result["of peak"] == pytest.approx(max(
+        result["flops"] / 1e12, result["bytes"] / 1e10))
+
+
+def test_a_table_line_has_ratio_error_memory_and_distance_from_the_peak():
+    head, _, line = table([NUMBERS]).splitlines()
+    assert head.count("|") == line.count("|")
+    for cell in ("1.50 (1.40 to 1.60)", "1.0e-07 / 0.0e+00", "0.40 / 0.60", "50% / 25%", "0.005"):
+        assert f"| {cell} |" in line
+    refused = table([{"row": "a", "refused": "why"}]).splitlines()[2]
+    assert refused.count("|") == head.count("|")
+
+
+def test_the_table_goes_between_its_marks_and_nowhere_else():
+    text = "before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n"
+    assert insert(text, "new") == "before\n<!-- speed -->\nnew\n<!-- /speed -->\nafter\n"
+    with pytest.raises(InputError, match="<!-- speed -->"):
+        insert("no marks", "new")
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--rounds", "3"], "--rounds must be 7 or more"), (["--rows", "nothing"], "no row's name"),
+    (["--table", "no/such.md"], "needs a line <!-- speed -->")])
+def test_bad_flags_are_one_sentence(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_command(speed.main)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_without_diffusers_one_sentence_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "cpu", "--rows", "command"])
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit) as stop:
+        run_command(speed.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "requirements-dev.txt" in err and err.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------- what speed rests on
+
+def test_a_prompts_picture_is_the_same_whatever_its_batch(tmp_path):
+    sd = StableDiffusion.load(make_folder(tmp_path / "narrow"))
+    prompts = ["a red circle", "a blue circle", "a red circle", "blue", "a"]
+    alone = torch.cat([sd.decode(sd.sample(p, steps=3, seed=k)) for k, p in enumerate(prompts)])
+    for size in (2, 5):
+        batched = torch.cat([sd.decode(sd.sample(prompts[k:k + size], steps=3, seed=k)) for k in range(0, 5, size)])
+        assert (batched - alone).abs().max() <= 1e-5
+
+
+def test_a_text_that_stands_twice_in_a_batch_is_encoded_once(tmp_path, monkeypatch):
+    sd, seen = StableDiffusion.load(make_folder(tmp_path / "xl", sdxl=True)), []
+    plain = sd.tokenizer
+    monkeypatch.setattr(sd, "tokenizer", lambda prompts, *rest: (seen.append(prompts), plain(prompts, *rest))[1])
+    context, pooled = sd.encode_prompt(["a", "red", "a"])
+    assert seen == [["a", "red"]] * 2
+    assert torch.equal(context[0], context[2]) and torch.equal(pooled[0], pooled[2])
+    assert not torch.equal(context[0], context[1])
+
+
+def test_wide_layers_are_the_same_as_convolutions():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 7, 320), (320, 320), (320,)))
+    assert weight.numel() == WIDE
+    for b in (bias, None):
+        out, want = project(x, weight, b), torch.nn.functional.linear(x, weight, b)
+        assert out.is_contiguous() and (out - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("techniques,graphs", [
+    ({}, 1), ({"cache": FasterDiffusion(2)}, 4),
+    ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)], ids=["plain", "faster", "together"])
+def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_few_times(techniques, graphs, tmp_path):
+    """A graph a kind of step, not one a step. Without a compiler behind the graphs, which needs none of C++."""
+    torch.compiler.reset()
+    sd, compiled = StableDiffusion.load(make_folder(tmp_path / "narrow")), []
+    plain = sd.sample("a circle", steps=6, **techniques)
+
+    def note(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    sd.unet.compile(backend=note, fullgraph=True, dynamic=False)
+    assert torch.equal(sd.sample("a circle", steps=6, **techniques), plain)
+    assert 1 <= len(compiled) <= graphs
