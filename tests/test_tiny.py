@@ -16,7 +16,7 @@ from reward import ClipReward
 from txt2img import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = 0.70                # by that test, when the weights were committed
+MEASURED = 0.85                # by that test, when the weights were committed
 
 
 def test_the_whole_model_folder_is_at_most_20_megabytes():
@@ -27,7 +27,7 @@ def test_the_score_on_60_fixed_prompts_has_not_fallen():
     rows = [row for kind in shapes.KINDS for row in
             [row for row in shapes.make_bench(seed=2) if row["kind"] == kind and row["seen"]][:10]]
     sd = StableDiffusion.load(TINY)
-    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=30, steps=20, cfg_scale=5.0)
+    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=30, steps=20, cfg_scale=3.0)
     assert np.mean([v.ok for v in verdicts]) >= MEASURED - 0.05
 
 
