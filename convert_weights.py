@@ -38,7 +38,7 @@ import clip_text
 import unet
 from clip_image import ImageConfig, ImageEncoder
 from clip_text import TextConfig, TextEncoder
-from folder import InputError, ModelConfig, build, check_names, open_safetensors, run_command, write_config
+from folder import InputError, ModelConfig, check_names, open_safetensors, run_command, write_config
 from image_reward import ImageRewardConfig, RewardModel
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
@@ -60,7 +60,8 @@ REWARDS = {
             "image_encoder": clip_image.CONFIGS["vit-h"]},
     "imagereward": {"image_reward": ImageRewardConfig()},
 }
-REWARD_MODULES = {"text_encoder": TextEncoder, "image_encoder": ImageEncoder, "image_reward": RewardModel}
+MODULES = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": TextEncoder,
+           "image_encoder": ImageEncoder, "image_reward": RewardModel}
 # What a checkpoint may hold and no model here reads.
 IGNORED = (
     "model_ema.*",                                                           # averaged weights: see --ema
@@ -130,7 +131,7 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
     with contextlib.ExitStack() as stack:
         if source.is_dir():
             model = hf_config(configs, prediction)
-            parts = components(model)
+            parts = components(configs_of(model))
             stored, others = hf_weights(source, list(parts), stack)
             layout = {part: (f"{part}/", {}) for part in parts}
         else:
@@ -139,7 +140,7 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
             model = family_config(family, prediction, source) if config is None else hf_config(configs, prediction)
             if model.family != family:
                 raise InputError(f"{source} is {family}, but {config} describes {model.family}; give its configs")
-            parts = components(model)
+            parts = components(configs_of(model))
             layout = single_file_layout(model)
 
         origins, dropped = plan(model, parts, layout, stored, ema, source)
@@ -187,7 +188,7 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
                 raise InputError(f"{source} doesn't tell how many heads its towers have; give the model's "
                                  "open_clip_config.json with --config")
             configs = REWARDS[kind] if config is None else openclip_config(Path(config))
-        parts = {part: build(REWARD_MODULES[part], entries) for part, entries in configs.items()}
+        parts = components(configs)
         names = {} if source.is_dir() or kind == "imagereward" else {
             "text_encoder": openclip_names(configs["text_encoder"]),
             "image_encoder": openclip_image_names(configs["image_encoder"])}
@@ -232,17 +233,19 @@ def count(origins: dict[str, dict[str, Origin]],
             for part, named in origins.items()}
 
 
-def components(model: ModelConfig) -> dict[str, nn.Module]:
-    """The model's parts on the meta device: their names and shapes are what must be written."""
+def configs_of(model: ModelConfig) -> dict[str, Any]:
+    """The configurations of the parts that a model has, by name."""
+    configs = {part: getattr(model, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    return {part: config for part, config in configs.items() if config is not None}
+
+
+def components(configs: dict[str, Any]) -> dict[str, nn.Module]:
+    """Parts of a model or reward on the meta device: their names and shapes are what must be written."""
     try:
         with torch.device("meta"):
-            parts = {"unet": UNet(model.unet), "vae": VAE(model.vae)}
-            parts["text_encoder"] = TextEncoder(model.text_encoder)
-            if model.text_encoder_2 is not None:
-                parts["text_encoder_2"] = TextEncoder(model.text_encoder_2)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            return {part: MODULES[part](config) for part, config in configs.items()}
+    except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"the config files describe no model that can be built ({error}); check them") from None
-    return parts
 
 
 def plan(model: ModelConfig, parts: dict[str, nn.Module], layout: dict[str, tuple[str, dict[str, str]]],

@@ -148,6 +148,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if read_cache(args) is None and read_tgate(args) is None and args.compare:
         raise InputError("--compare needs something to compare: add --cache or --tgate")
     read_masks(args)
+    if args.mask_reward is not None and args.cache == "faster" and args.cache_parallel:
+        raise InputError("a search for masks needs every step's latents: leave out --cache-parallel")
     read_resolutions(args)
     if args.strength is not None and args.stages is not None:
         raise InputError("--strength is for a picture of the same size; FreeScale's stages take --freescale-restart")
@@ -279,7 +281,7 @@ def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | No
         raise InputError(str(error)) from None
 
 
-def read_mask_search(args: argparse.Namespace) -> Callable[[VAE, list[str]], MaskSearch] | None:
+def read_mask_search(args: argparse.Namespace, device: str) -> Callable[[VAE, list[str]], MaskSearch] | None:
     """What makes the search for masks that the flags ask for, for a VAE and the prompts of a batch."""
     settings = {"iterations": args.mask_iterations, "schedule": args.mask_schedule, "keep": args.mask_keep,
                 "checkpointed": args.mask_checkpoint}
@@ -289,7 +291,7 @@ def read_mask_search(args: argparse.Namespace) -> Callable[[VAE, list[str]], Mas
         raise InputError(str(error)) from None
     if args.mask_reward is None:
         return None
-    reward = add_rewards([load_reward(args.model / "clip" if name == "clip" else name, args.device)
+    reward = add_rewards([load_reward(args.model / "clip" if name == "clip" else name, device)
                           for name in args.mask_reward.split(",")])
     return lambda vae, prompts: MaskSearch(score_latents(vae, reward, prompts), **settings)
 

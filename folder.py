@@ -207,6 +207,8 @@ def run_command(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         sys.exit(complain(OUT_OF_MEMORY, 2))
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(complain(f"torch.compile fails here ({str(error).splitlines()[0]}): leave out --compile", 2))
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
         sys.exit(complain(OUT_OF_MEMORY, 2))

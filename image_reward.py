@@ -148,8 +148,8 @@ class RewardModel(nn.Module):
             encoder=Bag(layer=nn.ModuleList([TextLayer(config) for _ in range(config.text_layers)])))
         self.blip = Bag(visual_encoder=image, text_encoder=text)
         linears = [nn.Linear(a, b) for a, b in pairwise((text_width, *config.head, 1))]
-        # Nothing but linear layers, so that they are one: as published. In training a dropout followed each of the
-        # first three, which is why the published numbers of the layers have gaps.
+        # As published, no activation stands between these layers, so the five act as one. In training a dropout
+        # followed each of the first three, which is why the published numbers of the layers have gaps.
         self.mlp = Bag(layers=nn.Sequential(*(part for i, linear in enumerate(linears)
                                               for part in ((linear, nn.Identity()) if i < 3 else (linear,)))))
 

@@ -473,7 +473,7 @@ def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor],
                   prompts: list[str]) -> Callable[[Tensor], Tensor]:
     """A `MaskSearch`'s score by a reward of pictures (n, 3, H, W) in [0, 1] and their n prompts: larger is better."""
     def score(x0: Tensor) -> Tensor:
-        images = vae.decode(x0 / vae.config.scaling).float() / 2 + 0.5
+        images = vae.to(x0.device).decode(x0 / vae.config.scaling).float() / 2 + 0.5      # it may wait in main memory
         return reward(images.clamp(0, 1), prompts)
     return score
 

@@ -52,7 +52,8 @@ class ClipReward:
             image = None
         if image is None:
             raise InputError(f"{folder} holds no CLIP with an image tower (its config.json has no \"text_encoder\" "
-                             "and \"image_encoder\")")
+                             "and \"image_encoder\"); convert one: python convert_weights.py SOURCE OUT_DIR "
+                             "--reward clip")
         text = build(TextEncoder, from_json(TextConfig, text, f"{path}, text_encoder"))
         image = build(ImageEncoder, from_json(ImageConfig, image, f"{path}, image_encoder"))
         tokenizer = load_tokenizer(folder / "tokenizer.json", text.config.vocab)

@@ -359,7 +359,7 @@ def main() -> None:
         if freescale is not None:
             check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
                          torch.device(device))
-        search = read_mask_search(args)
+        search = read_mask_search(args, device)
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile)
         settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings, init_image is not None)

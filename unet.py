@@ -114,7 +114,8 @@ UNMASKED = AttentionMasks()
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (B, N, C_in) -> (B, N, C_out). Wide layers in float32 on a CPU as a 1x1 convolution over the tokens.
 
-    PyTorch gives that to oneDNN, and products to MKL, which is slower on AMD's processors: see `benchmarks/README.md`.
+    PyTorch gives that to oneDNN, and products to MKL. On an AMD processor it was 1.3 times as fast with two
+    threads, with one the same: see `benchmarks/README.md`.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < WIDE:
         return F.linear(x, weight, bias)

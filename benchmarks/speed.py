@@ -5,11 +5,13 @@
     python -m benchmarks.speed --json benchmarks/speed.json --table benchmarks/README.md      # the rows of TARGETS
 
 Start at `measure_row`. Both sides read the same weights with the code that a user runs (`StableDiffusion.load`,
-`from_pretrained`), then take turns, and who begins turns too. A speed is the median of the rounds' own ratios, with the
-least and the greatest; beside it stand CPU time, the largest error against diffusers in float32, and peak memory, of a
-fresh process for each side. Where diffusers' own seconds drift, the row is measured again, and then refused.
-A U-Net step is a call of the U-Net within a run: keys and values of the text and embeddings of the time, which our loop
-makes once a run, are not in our call; what they take is noted as "once a run". Text is 77 random embeddings.
+`from_pretrained`), then take turns, and who begins turns too. A speed is the median of the rounds' own ratios, with
+the least and the greatest; beside it stand CPU time, the largest error against diffusers in float32, and peak memory,
+of a fresh process for each side. Where diffusers' own seconds drift, the row is measured again, and refused after
+three tries.
+A U-Net step is a call of the U-Net within a run: keys and values of the text and embeddings of the time, which our
+loop makes once a run, are not in our call; what they take is noted as "once a run". Text is random embeddings, as
+many as the model's prompts have tokens.
 """
 import argparse
 import gc
@@ -65,7 +67,7 @@ class Row:
     what: "unet" (a step), "decode", "encode" (the VAE), "text", "load" (until the object is there), "read" (load, and
         read every weight once), "command" (cold start to PNG), "many" (pictures in batches of 8; not against diffusers,
         but against our own loop of single pictures).
-    guided: both halves of guidance in one batch; the other rows have one picture, "text" a prompt and the empty one.
+    guided: both halves of guidance in one batch; the other rows have one picture, "text" two texts of random tokens.
     """
     what: str
     family: str
@@ -93,7 +95,7 @@ def rows_of(device: str) -> list[Row]:
     return rows + [Row("command", "tiny", 64), Row("many", "tiny", 64)]
 
 
-TARGETS = ("unet tiny float32 guided eager", "unet sd15 256 guided", "unet sd15 512 guided eager", "decode sd15",
+TARGETS = ("unet tiny guided eager", "unet sd15 256 guided", "unet sd15 512 guided eager", "decode sd15",
            "text sd15", "load sd15", "read sd15", "command", "many")
 
 
@@ -220,7 +222,8 @@ def our_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype
     if row.what in ("load", "read"):
         return lambda: weights_of(StableDiffusion.load(folder, device, dtype), row.what == "read"), []
     if row.what == "command":
-        arguments = [ROOT / "txt2img.py", PROMPT, "--model", folder, "--steps", STEPS, "--out", work / "ours.png"]
+        arguments = [ROOT / "txt2img.py", PROMPT, "--model", folder, "--steps", STEPS, "--out", work / "ours.png",
+                     "--device", device, "--dtype", "float32"]
         return lambda: run_script([*map(str, arguments)], work / "ours.png"), []
     sd = StableDiffusion.load(folder, device, dtype, compiled=row.compiled)
     if row.what == "many":
@@ -248,10 +251,10 @@ def their_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dty
         return load, []
     if row.what == "command":
         script = ("import sys, torch\nfrom diffusers import StableDiffusionPipeline\n"
-                  "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+                  "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32).to(sys.argv[5])\n"
                   "image = pipe(sys.argv[2], num_inference_steps=int(sys.argv[3]), guidance_scale=7.5, "
                   "generator=torch.Generator().manual_seed(0)).images[0]\nimage.save(sys.argv[4])\n")
-        return lambda: run_script(["-c", script, str(folder), PROMPT, str(STEPS), str(work / "theirs.png")],
+        return lambda: run_script(["-c", script, str(folder), PROMPT, str(STEPS), str(work / "theirs.png"), device],
                                   work / "theirs.png"), []
     given = inputs(row, device, dtype)
     x = given["x"]
@@ -377,7 +380,8 @@ def measure_row(row: Row, args: argparse.Namespace, peaks: dict[str, float]) -> 
         if result["drift"] <= args.drift:
             break
     else:
-        result["refused"] = f"diffusers' own seconds drift by {100 * result['drift']:.0f} %"
+        whose = "our single pictures'" if row.what == "many" else "diffusers'"
+        result["refused"] = f"{whose} own seconds drift by {100 * result['drift']:.0f} %"
     ratios = [b / a for a, b in zip(wall, base_wall)]
     times = {"seconds": median(wall), "base seconds": median(base_wall), "ratio": median(ratios),
              "least": min(ratios), "greatest": max(ratios), "cpu seconds": median(cpu),
@@ -451,17 +455,17 @@ def arithmetic(row: Row) -> dict[str, int]:
 
 
 def measure_peaks(dtypes: list[str], device: str) -> dict[str, float]:
-    """What this machine reaches: FLOP/s in each dtype, of a square product or of a
-    convolution (for some libraries that is the faster), and bytes/s of a copy (read and write)."""
+    """What this machine reaches: FLOP/s in each dtype, of a square product or of a convolution (for some libraries
+    that is the faster), and bytes/s of a copy (read and write)."""
     n, size = (8192, 2 ** 30) if device == "cuda" else (2048, 2 ** 28)
     peaks = {}
     for name in dtypes:
         a, b = (torch.randn(n, n, device=device).to(getattr(torch, name)) for _ in range(2))
         x, w = torch.randn(2, 512, 64, 64, device=device), torch.randn(512, 512, 3, 3, device=device)
         x, w = (v.to(a.dtype, memory_format=torch.channels_last) for v in (x, w))
-        product = min(timed(lambda: a @ b, 1, device)[0] for _ in range(8))  # noqa: B023
+        square = min(timed(lambda: a @ b, 1, device)[0] for _ in range(8))  # noqa: B023
         maps = min(timed(lambda: F.conv2d(x, w, padding=1), 1, device)[0] for _ in range(8))  # noqa: B023
-        peaks[name] = max(2 * n ** 3 / product, 2 * 9 * 512 ** 2 * 2 * 64 ** 2 / maps)
+        peaks[name] = max(2 * n ** 3 / square, 2 * 9 * 512 ** 2 * 2 * 64 ** 2 / maps)
     a = torch.ones(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     peaks["bandwidth"] = 2 * size / min(timed(lambda: b.copy_(a), 1, device)[0] for _ in range(8))
@@ -512,7 +516,8 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append(f"| {r['row']} | refused: {r['refused']} |" + " |" * (len(COLUMNS) - 2))
             continue
         peak = f"{r['peak']['peak'] / GB:.2f} / {r['base peak']['peak'] / GB:.2f}" if "peak" in r else ""
-        cells = [r["row"], f"{r['seconds']:.4g} s", f"{r['base seconds']:.4g} s",
+        ours = f"{r['seconds']:.4g} s" + (f" + {r['once a run'] / STEPS:.2g}" if "once a run" in r else "")
+        cells = [r["row"], ours, f"{r['base seconds']:.4g} s",
                  f"{r['ratio']:.2f} ({r['least']:.2f} to {r['greatest']:.2f})", f"{r['cpu ratio']:.2f}",
                  both(r, "error", ".1e"), peak, f"{r['flops'] / 1e12:.4g}" if "flops" in r else "",
                  f"{r['bytes'] / GB:.4g}" if "bytes" in r else "", both(r, "of peak", ".0%")]
@@ -541,6 +546,16 @@ def insert(text: str, new: str, mark: str = "speed") -> str:
     return text[:text.index(start) + len(start)] + new + "\n" + text[text.index(end):]
 
 
+def other_rows(path: Path, about: dict[str, Any], again: set[str]) -> list[dict[str, Any]]:
+    """The rows of a file that were measured here, with these versions and settings, and are not measured again."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        same = [all(r["machine"][name] == value for name, value in about.items() if name != "peak") for r in rows]
+        return [r for r, here in zip(rows, same) if here and r["row"] not in again]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is no file of this benchmark; choose another for --json") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory beside diffusers.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -553,8 +568,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, the same for both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the random weights here (default: nowhere)")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="without the fresh processes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here; other rows in it stay")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="without the fresh processes "
+                        "(they need Linux)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here; other rows of this "
+                        "machine stay")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table between this file's marks")
     parser.add_argument("--alone", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -566,6 +583,11 @@ def main() -> None:
         raise InputError(f"--rounds must be 7 or more, not {args.rounds}: fewer say nothing about the spread")
     if args.table:
         insert(args.table.read_text(encoding="utf-8") if args.table.is_file() else "", "")
+    for flag, ok, legal in (("--threads", args.threads >= 1, "1 or more"), ("--drift", args.drift > 0, "above 0"),
+                            ("--device", args.device == "cpu" or torch.cuda.is_available(), "cpu: there is no GPU"),
+                            ("--json", args.json is None or args.json.parent.is_dir(), "in a folder that exists")):
+        if not ok:
+            raise InputError(f"{flag} must be {legal}")
     try:
         import diffusers
         import transformers
@@ -587,8 +609,7 @@ def main() -> None:
         peaks = measure_peaks(sorted({row.dtype for row in rows}), args.device)
         about, results = machine(args, peaks), []
         if args.json and args.json.is_file():
-            again = {row.name for row in rows}
-            results = [r for r in json.loads(args.json.read_text())["rows"] if r["row"] not in again]
+            results = other_rows(args.json, about, {row.name for row in rows})
         for row in rows:
             results.append(measure_row(row, args, peaks) | {"machine": about})
             print(table(results[-1:]).splitlines()[-1], flush=True)

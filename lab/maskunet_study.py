@@ -6,8 +6,8 @@
 Start at `RECIPES`, what is trained, and `ARMS`, what is judged. All trainings see the same latents, captions, times
 and noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json,
 training.png shows how score and density move. The training-free arms (`FREE`) climb the model's CLIP and are judged by
-the exact scorer as well. Weights and verdicts are kept in OUT/work under names made of all that they depend on, the
-model too, so that nothing is done twice and a stopped run goes on.
+the exact scorer as well. Weights and verdicts are kept in OUT/work under names made of the model and all settings
+(not of the code), so that nothing is done twice and a stopped run goes on.
 Sources: MaskUNet, arXiv 2505.03097; LoRA, arXiv 2106.09685; noise optimisation, ReNO, arXiv 2406.04312.
 """
 import argparse
@@ -423,9 +423,9 @@ def summarize(found: dict[str, list[dict[str, Any]]], real: np.ndarray | None) -
             "score": interval(right), "over base": interval(right - plain),
             "kinds": {kind: interval(right[:, k:k + 1]) for k, kind in enumerate(shapes.KINDS)},
             "loss": interval(loss), "loss over base": interval(loss - plain_loss),
-            "loss by time": [float(plain_loss[..., bucket == b].mean()) if name == "base" else
-                             interval((loss - plain_loss)[..., bucket == b]) for b in range(BUCKETS)
-                             if (bucket == b).any()],
+            "loss by time": [None if not (bucket == b).any() else
+                             float(plain_loss[..., bucket == b].mean()) if name == "base" else
+                             interval((loss - plain_loss)[..., bucket == b]) for b in range(BUCKETS)],
             "differ": None if results[0]["differ"] is None else {
                 what: float(np.mean([r["differ"][what] for r in results])) for what in results[0]["differ"]},
             "Frechet": None if real is None or len(own) <= own.shape[1] else frechet_distance(own, real)}
@@ -460,7 +460,8 @@ def tables(trained: dict[str, Any], free: dict[str, Any]) -> str:
                        show(x["over base"], sign="+"), *(f"{kind[0]:.2f}" for kind in x["kinds"].values()),
                        "" if x["Frechet"] is None else f"{x['Frechet']:.2f}", f"{x['loss'][0]:.5f}",
                        show([1000 * y for y in x["loss over base"]], sign="+")])
-        times.append([name, *(f"{y:.5f}" if name == "base" else show([1000 * z for z in y], sign="+")
+        times.append([name, *("" if y is None else f"{y:.5f}" if name == "base" else
+                              show([1000 * z for z in y], sign="+")
                               for y in x["loss by time"])])
         if x["differ"] is not None:
             differ = differ or [["arm", *x["differ"]]]
@@ -557,8 +558,10 @@ def main() -> None:
             ("--seeds, --steps, --batch and --scenes", min(args.seeds, args.steps, args.batch, args.scenes) >= 1,
              "1 or more"),
             ("--validation", args.validation >= 5, "5 or more"),
-            ("--pictures", args.pictures >= 6 and args.pictures % 6 == 0, "6, 12, ..."),
-            ("--free-pictures", args.free_pictures >= 0 and args.free_pictures % 6 == 0, "0, 6, 12, ..."),
+            ("--pictures", 6 <= args.pictures <= 480 and args.pictures % 6 == 0, "6, 12, ... up to 480"),
+            ("--free-pictures", 0 <= args.free_pictures <= 480 and args.free_pictures % 6 == 0,
+             "0, 6, 12, ... up to 480"),
+            ("--sampler", args.sampler != "euler-a", "one that draws no noise at its steps"),
             ("--iterations and --noise-iterations", min(args.iterations + args.noise_iterations) >= 1, "1 or more"),
             ("--drawn", args.drawn == 0 or args.drawn >= 100, "0, or 100 or more")):
         if not ok:

@@ -261,7 +261,7 @@ def _plain(text: str) -> str:
 def alter(request: Request, rng: np.random.Generator, sides: bool = False) -> Request:
     """The request with one thing changed: a colour, shape, number, size, place, side, background, or colours swapped.
 
-    sides: only places and relations change, if it says any.
+    sides: only the place of the noun drawn or the relation changes, where it has one.
 
     Mostly untrue of a scene that the request is true of (`verdict` knows): a hard negative for contrastive training.
     """

@@ -329,7 +329,7 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], t
 
     In the second half of `steps`, every other scene is a neat one, whose caption can say nearly exactly where objects
     lie. What "on the left" and "above" mean is not learnt that way: objects show through the noise at nearly all times,
-    so the words matter only at the highest, where one row in a hundred has them. `side_steps` more begin with a lesson
+    so the words matter only above t = 950, where 7 % of the rows are. `side_steps` more begin with a lesson
     (`LESSON` steps of nothing but that) and go on with a third of it, so that it isn't forgotten.
 
     The text encoder is trained with it, not taken from CLIP. finish(averaged weights, run): at each checkpoint.

@@ -50,7 +50,7 @@ def test_the_bootstrap_interval_of_a_mean_holds_it():
 
 
 def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib (requirements-dev.txt)")
 
     def run(*flags) -> None:
         monkeypatch.setattr(sys, "argv", ["cache_study", "--out", str(tmp_path), "--steps", "20", "--n", "2",

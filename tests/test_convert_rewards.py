@@ -20,7 +20,7 @@ import convert_weights
 import txt2img
 from clip_image import preprocess
 from convert_weights import REWARDS, convert_reward
-from folder import InputError, run_command
+from folder import TINY, InputError, run_command
 from image_reward import ImageReward
 from reward import ClipReward, add_rewards, load_reward
 
@@ -272,7 +272,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         both = [write_hps(place), write_imagereward(place)]
         for arguments in both:
             convert_reward(**arguments)
-    return {arguments["kind"]: arguments["out_dir"] for arguments in both} | {"tiny": txt2img.TINY / "clip"}
+    return {arguments["kind"]: arguments["out_dir"] for arguments in both} | {"tiny": TINY / "clip"}
 
 
 @pytest.mark.parametrize("kind", ["hps", "imagereward"])
@@ -302,7 +302,7 @@ def test_several_rewards_add_up_to_minus_the_released_loss(folders):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda place: place / "nowhere", "holds no reward"), (lambda place: txt2img.TINY, "makes pictures"),
+    (lambda place: place / "nowhere", "holds no reward"), (lambda place: TINY, "makes pictures"),
     (lambda place: write_hps(place)["source"], "convert it first: python convert_weights.py"),
     (lambda place: write_hps(place)["tokenizer"], "holds no reward")])
 def test_what_is_no_reward_is_named(tmp_path, make, words):

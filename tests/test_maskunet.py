@@ -932,7 +932,7 @@ def test_without_iterations_the_command_draws_with_masks_that_are_on(tmp_path, c
         assert code == 0, err
         with Image.open(tmp_path / f"{name}.png") as file:
             made[name] = file.tobytes()
-    sd = StableDiffusion.load(txt2img.TINY)
+    sd = StableDiffusion.load(TINY)
     on = Masks(StaticMasks(sd.unet, initial=1.0).requires_grad_(False), shared=True)
     want = sd.decode(sd.sample("a red circle", steps=2, masks=on))[0]
     assert made["search"] == (want * 255).round().byte().permute(1, 2, 0).numpy().tobytes() != made["plain"]
@@ -949,8 +949,9 @@ def test_too_little_memory_for_a_search_names_what_to_lower_and_leaves_nothing(t
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--mask-reward", "nowhere"], "nowhere"), (["--mask-reward", txt2img.TINY], "holds no CLIP with an image tower"),
-    (["--mask-reward", ROOT / "reward.py"], "holds no CLIP with an image tower"),
+    (["--mask-reward", "nowhere"], "nowhere"), (["--mask-reward", TINY], "not a reward that judges them"),
+    (["--mask-reward", ROOT / "reward.py"], "is a file, not a converted reward"),
+    (["--cache", "faster", "--cache-parallel"], "leave out --cache-parallel"),
     (["--mask-random", 0.5], "give one of them"),
     (["--mask-iterations", -1], "0 or more"), (["--mask-schedule", "often"], "paper or released"),
     (["--mask-keep", "first"], "last or best")])
