@@ -85,7 +85,7 @@ def narrow(monkeypatch) -> None:
 
 def test_the_published_hpsv2_has_986_million_parameters_in_686_tensors():
     with torch.device("meta"):
-        parts = {part: convert_weights.REWARD_MODULES[part](c) for part, c in REWARDS["hps"].items()}
+        parts = {part: convert_weights.MODULES[part](c) for part, c in REWARDS["hps"].items()}
     assert sum(p.numel() for part in parts.values() for p in part.parameters()) == 986_109_441 - 1    # logit_scale
     layout = {"text_encoder": convert_weights.openclip_names(REWARDS["hps"]["text_encoder"]),
               "image_encoder": convert_weights.openclip_image_names(REWARDS["hps"]["image_encoder"])}

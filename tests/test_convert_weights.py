@@ -247,7 +247,7 @@ def manifest(family: str, part: str) -> dict:
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_modules_have_exactly_the_published_names_and_shapes(family):
-    parts = convert_weights.components(convert_weights.FAMILIES[family])
+    parts = convert_weights.components(convert_weights.configs_of(convert_weights.FAMILIES[family]))
     ours = {f"{part}/{name}": list(tensor.shape) for part, module in parts.items()
             for name, tensor in module.state_dict().items()}
     assert ours == manifest(family, "diffusers")
@@ -259,7 +259,7 @@ def test_every_name_of_a_published_single_file_is_used_or_dropped_for_a_reason(f
     stored = {name: convert_weights.Stored(tuple(shape), torch.float32, None) for name, shape in published.items()}
     assert convert_weights.detect(stored, Path("file")) == family
     model = convert_weights.FAMILIES[family]
-    origins, dropped = convert_weights.plan(model, convert_weights.components(model),
+    origins, dropped = convert_weights.plan(model, convert_weights.components(convert_weights.configs_of(model)),
                                             convert_weights.single_file_layout(model), stored, False, Path("file"))
     used = [origin.key for named in origins.values() for origin in named.values() if "in_proj" not in origin.key]
     assert len(used) == len(set(used))               # each for one of our tensors, but for q, k and v in one
