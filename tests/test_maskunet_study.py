@@ -80,8 +80,9 @@ def test_masks_of_the_official_network_depend_on_nothing_but_chance_and_working_
         differ = study.differences(Masks(masks.requires_grad_(False)))
         for what in ("times", "images"):
             for which in ("masks", "probabilities"):
-                assert (differ[f"{which}, {what}"] > 0) == (init == "working")
-        assert differ["masks, draws"] > 0.01 and differ["probabilities, draws"] == 0
+                apart = differ[f"{which}, {what}"]
+                assert apart > 1e-5 if init == "working" else apart < 1e-6         # 1e-6: rounding alone
+        assert differ["masks, draws"] > 0.01 and differ["probabilities, draws"] < 1e-6
         quiet = study.differences(Masks(masks, "threshold"))
         assert quiet["masks, draws"] == 0
 
