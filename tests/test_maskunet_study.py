@@ -84,7 +84,7 @@ def test_masks_of_the_official_network_depend_on_nothing_but_chance_and_working_
                 assert apart > 1e-5 if init == "working" else apart < 1e-6         # 1e-6: rounding alone
         assert differ["masks, draws"] > 0.01 and differ["probabilities, draws"] < 1e-6
         quiet = study.differences(Masks(masks, "threshold"))
-        assert quiet["masks, draws"] == 0
+        assert quiet["masks, draws"] < 1e-6
 
 
 def test_fresh_masks_change_from_step_to_step_and_fixed_ones_do_not(study, monkeypatch):
