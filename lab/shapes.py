@@ -261,7 +261,7 @@ def _plain(text: str) -> str:
 def alter(request: Request, rng: np.random.Generator, sides: bool = False) -> Request:
     """The request with one thing changed: a colour, shape, number, size, place, side, background, or colours swapped.
 
-    sides: only the place of the noun drawn or the relation changes, where it has one.
+    sides: only the place of the noun drawn or the relation changes; where neither is said, one is made up.
 
     Mostly untrue of a scene that the request is true of (`verdict` knows): a hard negative for contrastive training.
     """
@@ -271,7 +271,10 @@ def alter(request: Request, rng: np.random.Generator, sides: bool = False) -> Re
     ways += ["count"] * (asks[k].count > 1) + ["background"] * (request.background is not None)
     ways += ["relation", "relation"] * (request.relation is not None)
     ways += ["swap", "swap"] * (len({ask.color for ask in asks}) == 2)
-    way = _pick(rng, [w for w in ways if sides and w in ("place", "relation")] or ways)
+    if sides:
+        unsaid = ["relation"] if len(asks) == 2 else ["place"] if asks[0].count == 1 else ways
+        ways = [w for w in ways if w in ("place", "relation")] or unsaid
+    way = _pick(rng, ways)
     if way == "swap":
         asks = [replace(asks[0], color=asks[1].color), replace(asks[1], color=asks[0].color)]
     elif way == "relation":

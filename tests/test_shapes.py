@@ -210,6 +210,14 @@ def test_asked_to_say_where_a_caption_of_a_neat_scene_does_and_an_alteration_of_
     assert silent < 30              # 5 %: a place that is held out isn't said
 
 
+def test_an_alteration_of_sides_makes_one_up_where_none_is_said():
+    rng = np.random.default_rng(0)
+    one, two = parse("a red circle"), parse("a red circle and a blue ring")
+    assert {alter(one, rng, sides=True).asks[0].place for _ in range(100)} == set(PLACES)
+    assert {alter(two, rng, sides=True).relation for _ in range(100)} == set(RELATIONS)
+    assert alter(parse("three red circles"), rng, sides=True).asks[0].place is None
+
+
 def test_hard_captions_are_one_true_one_and_distinct_false_ones_with_the_same_shapes():
     rng = np.random.default_rng(0)
     for scene in scenes(None, 30, split="train"):

@@ -43,6 +43,15 @@ def test_the_readmes_picture_is_what_the_model_draws():
         assert np.abs(there - picture).mean() < 1, prompts[i]          # other processors round otherwise
 
 
+def test_a_picture_is_the_same_whatever_its_batch():
+    sd = StableDiffusion.load(TINY, dtype=torch.float64)                       # in float32 only rounding is added
+    prompts = [row["prompt"] for row in read_rows(ROOT / "lab" / "prompts.txt")][:8]
+    alone = [sd.sample(prompt, steps=4, seed=seed)[0] for seed, prompt in enumerate(prompts)]
+    for size in (3, 8):
+        for one, other in zip(alone, sd.sample(prompts[:size], steps=4)):
+            assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
 def test_the_autoencoder_keeps_what_the_scorer_reads():
     sd, rng = StableDiffusion.load(TINY), np.random.default_rng(7)
     scenes = [shapes.random_scene(rng) for _ in range(50)]
@@ -59,9 +68,9 @@ def test_training_runs_on_two_processes_stops_resumes_and_writes_a_model_that_lo
     def run(side_steps: int) -> dict:
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                         "-m", "lab.train_tiny", "--out", tmp_path / "model", "--work", tmp_path / "work",
-                        "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--clip-side-steps", "2",
-                        "--steps", "2", "--side-steps", str(side_steps), "--batch", "4", "--scenes", "16",
-                        "--score-n", "0"],
+                        "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--clip-neat-steps", "2",
+                        "--clip-side-steps", "2", "--steps", "2", "--side-steps", str(side_steps),
+                        "--batch", "4", "--scenes", "16", "--score-n", "0"],
                        check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads((tmp_path / "model" / "training.json").read_text())
     assert run(0)["steps"] == 2
