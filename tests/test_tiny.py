@@ -23,6 +23,14 @@ def test_the_whole_model_folder_is_at_most_20_megabytes():
     assert sum(file.stat().st_size for file in TINY.rglob("*")) <= 20e6
 
 
+def test_a_picture_needs_no_compiler():
+    """Neither torch.compile nor sympy, which it brings: a second of imports, more than the picture takes."""
+    code = ("import sys, folder, txt2img; sd = txt2img.StableDiffusion.load(folder.TINY); "
+            "sd.decode(sd.sample('a red circle', steps=1)); print(*{'torch._dynamo', 'sympy'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
+
+
 def test_the_score_on_60_fixed_prompts_has_not_fallen():
     rows = [row for kind in shapes.KINDS for row in
             [row for row in shapes.make_bench(seed=2) if row["kind"] == kind and row["seen"]][:10]]
