@@ -433,7 +433,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")
     parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
     parser.add_argument("--clip-neat-steps", type=int, default=1500, help="then, about neat sides (%(default)s)")
-    parser.add_argument("--clip-side-steps", type=int, default=3000, help="then, about any sides (%(default)s)")
+    parser.add_argument("--clip-side-steps", type=int, default=6000, help="then, about any sides (%(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of stage 3 (%(default)s)")
     parser.add_argument("--side-steps", type=int, default=3000, help="then, with words for sides (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
