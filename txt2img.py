@@ -80,7 +80,8 @@ class StableDiffusion:
         low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
             of guidance run one after the other. The same pictures, with less memory and somewhat slower.
         compiled: torch.compile makes one graph of the U-Net, at its first call and again for every other size, batch
-            or set of techniques: minutes for a large model, so for many pictures of one kind. Masks by chance and
+            or set of techniques: minutes for a large model, so for many pictures of one kind. Parallel Faster Diffusion
+            has a graph of the encoder, and one of the decoder for each number of steps in a batch. Masks by chance and
             FreeScale draw random numbers inside the U-Net, where graphs break: right, but with less to gain.
         """
         folder = Path(folder)
@@ -100,7 +101,8 @@ class StableDiffusion:
             vae.to(memory_format=torch.channels_last)
         if compiled:
             frozen = {"freezing": True} if torch.device(device).type == "cpu" else None      # weights laid out once
-            unet.compile(dynamic=False, options=frozen)
+            # behind the limit, PyTorch runs without graphs; its own, 8, is less than a few caches and batches need
+            unet.compile(dynamic=False, options=frozen, recompile_limit=64)
         return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
 
     @contextlib.contextmanager
@@ -380,8 +382,10 @@ def main() -> None:
     for start in range(0, len(todo), args.batch_size):
         batch, plain, started = todo[start:start + args.batch_size], None, time.time()
         if args.compare:
-            if start == 0:
+            if start == 0 or args.compile and len(batch) < args.batch_size:
                 draw(batch, steps=1, cache=None, tgate=None)           # the first pass of a process is a slow one
+                if args.compile:
+                    draw(batch)                                        # makes the graphs of every kind of step
             plain, seconds_plain = draw(batch, cache=None, tgate=None)
             plain = sd.decode(plain, args.vae_tile)
         latents, seconds_sampling = draw(batch)

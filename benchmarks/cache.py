@@ -172,7 +172,7 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
     unet, x, context, added = inputs(args, args.size)
     x = x.repeat(2, 1, 1, 1).to(context.dtype)
     shifts, text = unet.embed_time(torch.tensor(500, device=args.device), added), unet.embed_text(context)
-    call = torch.compile(unet) if args.compile else unet
+    call = torch.compile(unet, recompile_limit=64) if args.compile else unet
     units, n = unit_macs(unet, args.size // 8, args.size // 8), len(unet.up_units())
     full, cross = sum(map(sum, units)), sum(text for _, text in units)
     calls, ideal = {"full": lambda: call(x, shifts, text)}, {"full": 1.0}
