@@ -15,6 +15,7 @@ pip package, whose branch numbers are ours (its paper's fork has one less).
 import math
 from dataclasses import dataclass, field
 from itertools import takewhile
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from freescale import Stage
     from freeu import FreeU
     from maskunet import MaskRun
-    from unet import PerUnit, ResBlock, SpatialTransformer, UNet
+    from unet import PerUnit, UNet
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Features:
     parallel: bool = False                      # the settings of `FasterDiffusion`
     max_batch: int | None = None
     alpha: float = 0.0
+    tau: float = 500
     late: bool = False
     step: int = -1                              # the present one
     key: bool = True                            # does everything run at the present step?
@@ -74,9 +76,9 @@ class Features:
         full = sum(step in self.keys for step in steps)
         return full * every + (len(steps) - full) * len(self.between), len(steps) * every
 
-    def inject(self, x: Tensor, first_x: Tensor, t: float, late: bool = False) -> Tensor:
-        """Prior noise injection: in the second half of the time, the latent plus a little of the first one."""
-        return x + self.alpha * first_x if self.alpha and t < 500 and late == self.late else x
+    def inject(self, x: Tensor, prior: Tensor, t: float, late: bool = False) -> Tensor:
+        """Prior noise injection: at times below tau, the latent plus a little of the noise that the run began with."""
+        return x + self.alpha * prior if self.alpha and t < self.tau and late == self.late else x
 
     def decode_ahead(self, unet: "UNet", x: Tensor, i: int, shifts: list["PerUnit"], text: "PerUnit",
                      freeu: "FreeU | None", gate: "TextGate | None" = None, masks: "MaskRun | None" = None,
@@ -145,11 +147,13 @@ class FasterDiffusion:
 
     keys: "paper", the released list for 50 steps, as it is; "rescaled", the same list stretched to the number of steps;
         "square", gaps that grow by one (the released "pro"); a number n, every n-th step; or the steps themselves.
-    parallel: decode a key step and those behind it in one batch, of at most max_batch rows. Valid with every sampler,
-        stochastic ones too: the predictions don't depend on the latents between, and the noise is drawn step by step.
-    alpha: prior noise injection: in the second half of the time (t < 500) add this much of the first noise to the
-        latent at every step, 0.003 in the paper, which brings back texture that reuse takes away. (All samplers run
-        on the variance-preserving latent here; the released code adds to Euler's x, which is larger.)
+    parallel: decode a key step and those behind it in one batch, of as many whole steps as max_batch rows hold, and one
+        at least: a step's rows are one batch in the encoder too. Valid with every sampler, stochastic ones too: the
+        predictions don't depend on the latents between, and the noise is drawn step by step.
+    alpha, tau: prior noise injection: at the times below tau, of 1000 (released: the second half), add alpha times the
+        noise that the run began with to the latent at every step, 0.003 in the paper, which brings back texture that
+        reuse takes away. Of a run that begins with a picture it is the noise alone, as strong as it was added there.
+        (All samplers run on the variance-preserving latent here; the released code adds to Euler's x, which is larger.)
     official_order: in parallel mode, add it behind the prediction as released, not before it as in the paper; only then
         does parallel differ from serial.
     """
@@ -158,11 +162,14 @@ class FasterDiffusion:
     max_batch: int | None = None
     alpha: float = 0.0
     official_order: bool = False
+    tau: float = 500
 
     def __post_init__(self) -> None:
         check_keys(self.keys)
-        if self.max_batch is not None and self.max_batch < 1:
+        if self.max_batch is not None and (not is_whole(self.max_batch) or self.max_batch < 1):
             raise ValueError(f"the largest decoder batch must be 1 or more rows, not {self.max_batch}")
+        if not 0 <= self.tau <= 1000:
+            raise ValueError(f"the time below which noise is injected (tau) must be 0 to 1000, not {self.tau:g}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"the injected noise (alpha) must be between 0 and 1, not {self.alpha:g}; 0.003 is usual")
 
@@ -174,7 +181,7 @@ class FasterDiffusion:
         """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
         n = len(unet.up_units())
         return Features(more.union(self.key_steps(steps)), steps, n, frozenset(range(n + 1)),
-                        self.parallel, self.max_batch, self.alpha, self.parallel and self.official_order)
+                        self.parallel, self.max_batch, self.alpha, self.tau, self.parallel and self.official_order)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ class DeepCache:
 
     branch: 0 (the package's default: fastest) to one less than the number of up units; the paper's is 1 here.
     center, power: None, a key every `interval` steps; else as many keys, denser around step `center` (paper: 15 and 1.4
-        of 50 steps).
+        of 50 steps), the more so the larger the power is; 1: evenly.
     schedule: of these, "released" for the keys of the published numbers, in which Python's power of a negative number
         was complex and only the real part used; "paper" for the formula as printed.
     """
@@ -194,10 +201,14 @@ class DeepCache:
     schedule: str = "released"
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
+        if not is_whole(self.interval) or self.interval < 1:
             raise ValueError(f"DeepCache's interval must be 1 or more steps, not {self.interval}")
-        if self.branch < 0:
+        if not is_whole(self.branch) or self.branch < 0:
             raise ValueError(f"DeepCache's branch must be 0 or more, not {self.branch}")
+        if self.center is not None and not is_whole(self.center):
+            raise ValueError(f"DeepCache's center is the number of a step, not {self.center}")
+        if not 0.1 <= self.power <= 10:
+            raise ValueError(f"DeepCache's power must be 0.1 to 10, not {self.power:g}; 1.2 to 1.5 are published")
         if self.schedule not in ("released", "paper"):
             raise ValueError(f"DeepCache's schedule is released or paper, not {self.schedule!r}")
 
@@ -262,12 +273,17 @@ PAPER_KEYS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 
 def check_keys(keys: str | int | tuple[int, ...]) -> None:
     """ValueError for keys that are wrong in runs of any length."""
-    if isinstance(keys, str) and keys not in ("paper", "rescaled", "square"):
-        raise ValueError(f"a cache's keys are paper, rescaled, square or numbers, not {keys!r}")
-    if isinstance(keys, int) and keys < 1:
+    listed = isinstance(keys, (tuple, list)) and all(map(is_whole, keys))
+    if not listed and not is_whole(keys) and keys not in ("paper", "rescaled", "square"):
+        raise ValueError(f"a cache's keys are paper, rescaled, square or whole numbers, not {keys!r}")
+    if is_whole(keys) and keys < 1:
         raise ValueError(f"a key every {keys} steps makes no sense: use 1 or more")
-    if isinstance(keys, tuple) and (not keys or keys[0] != 0 or list(keys) != sorted(set(keys))):
+    if listed and (not keys or keys[0] != 0 or list(keys) != sorted(set(keys))):
         raise ValueError(f"key steps must begin with 0 and rise, not {', '.join(map(str, keys)) or 'none'}")
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
@@ -278,7 +294,7 @@ def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
         return sorted({round(k * steps / 50) for k in PAPER_KEYS if round(k * steps / 50) < steps})
     if keys == "square":
         return [i for i in range(steps) if math.isqrt(9 + 8 * i) ** 2 == 9 + 8 * i]
-    if isinstance(keys, int):
+    if is_whole(keys):
         if keys > steps:
             raise ValueError(f"a key every {keys} steps is more than the run's {steps}: use at most {steps}")
         return list(range(0, steps, keys))
@@ -310,7 +326,7 @@ def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule:
         spaced = np.linspace(*ends, count + 1)
         keys = np.trunc(np.sign(spaced) * np.abs(spaced) ** power).astype(int) + center
         return [0, *sorted(set(keys.tolist()))[1:-1]]
-    while power > 0:
+    while power > 0.02:                                                # below, the numbers overflow
         ends = [complex(end) ** (1 / power) for end in (-center, steps - center)]
         keys = [int((x ** power).real) + center for x in np.linspace(*ends, count + 1)]
         keys = [0, *sorted(set(keys))[1:-1]]
@@ -338,7 +354,7 @@ class TGate:
     guidance: str = "drop"
 
     def __post_init__(self) -> None:
-        if self.step < 1:
+        if not is_whole(self.step) or self.step < 1:
             raise ValueError(f"T-GATE's step must be 1 or more, not {self.step}: before it, the text acts")
         if self.text not in ("reuse", "compute") or self.guidance not in ("drop", "keep"):
             raise ValueError(f"T-GATE can reuse or compute the text and drop or keep guidance, not {self.text!r} and "
@@ -374,62 +390,3 @@ class TextGate:
             self.kept[block] = h if self.steps == 1 else h.chunk(self.steps)[-1].clone()
             return h
         return repeat(self.kept[block], self.steps)
-
-
-# --------------------------------------------------------------------------------------------------------- arithmetic
-
-def unit_macs(unet: "UNet", height: int, width: int, tokens: int = 77) -> list[tuple[int, int]]:
-    """Multiply-adds of every unit of the flat list for one latent: of all but its attention to the text, and of that.
-
-    Convolutions, linear layers and attention's two products, by their shapes: equal to torch's FLOP counter / 2. Of a
-    pass by itself, in which each unit projects text and time anew; the last unit has the embedding and output layers.
-    """
-    def weights(*modules: torch.nn.Module) -> int:
-        return sum(module.weight.numel() for module in modules)
-
-    def unit(resnets: list["ResBlock"], attention: "SpatialTransformer | None", size: tuple[int, int]) -> list[int]:
-        n, macs, text = size[0] * size[1], 0, 0
-        for r in resnets:
-            shortcut = [] if r.conv_shortcut is None else [r.conv_shortcut]
-            macs += n * weights(r.conv1, r.conv2, *shortcut) + weights(r.time_emb_proj)
-        if attention is not None:
-            macs += n * weights(attention.proj_in, attention.proj_out)
-            for block in attention.transformer_blocks:
-                own, cross, (gate, _, out) = block.attn1, block.attn2, block.ff.net
-                c = own.to_q.out_features
-                macs += n * weights(own.to_q, own.to_k, own.to_v, own.to_out[0], gate.proj, out) + 2 * n * n * c
-                text += n * weights(cross.to_q, cross.to_out[0]) + tokens * weights(cross.to_k, cross.to_v)
-                text += 2 * n * tokens * c
-        return [macs, text]
-
-    sizes = [(height, width)]
-    counts = [[height * width * weights(unet.conv_in), 0]]
-    for resnet, attention, down in unet.down_units():
-        h, w = sizes[-1]
-        sizes.append((h, w) if down is None else ((h + 1) // 2, (w + 1) // 2))
-        h, w = sizes[-1]
-        counts.append(unit([resnet], attention, (h, w)) if down is None else [h * w * weights(down.conv), 0])
-    counts.append(unit(list(unet.mid_block.resnets), unet.mid_block.attentions[0], sizes[-1]))
-    for resnet, attention, up in unet.up_units():
-        counts.append(unit([resnet], attention, sizes.pop()))
-        if up is not None:
-            counts[-1][0] += sizes[-1][0] * sizes[-1][1] * weights(up.conv)
-    embeddings = [unet.time_embedding] + ([unet.add_embedding] if unet.config.add_dim else [])
-    counts[-1][0] += height * width * weights(unet.conv_out) + sum(weights(e.linear_1, e.linear_2) for e in embeddings)
-    return [(macs, text) for macs, text in counts]
-
-
-def run_macs(unet: "UNet", height: int, width: int, steps: int, first: int = 0, guided: bool = True,
-             cache: "DeepCache | FasterDiffusion | Inherit | None" = None, tgate: TGate | None = None,
-             tokens: int = 77) -> int:
-    """Multiply-adds of all passes of one image's run from step `first`; guided: two rows a pass."""
-    units, total = unit_macs(unet, height, width, tokens), 0
-    gate = steps if tgate is None else tgate.start(steps, first)[0]
-    features = None if cache is None else cache.start(steps, {first, gate}, unet)
-    for i in range(first, steps):
-        rows = 1 if not guided or i >= gate and tgate.guidance == "drop" else 2
-        closed = i >= gate and tgate.text == "reuse"
-        now = None if features is None else features.at(i)
-        total += rows * sum(macs + (0 if closed else text) for k, (macs, text) in enumerate(units)
-                            if now is None or now.runs(k))
-    return total

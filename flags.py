@@ -19,12 +19,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes, run_macs
+from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
 from folder import TINY, InputError, ModelConfig, check_size
 from freescale import FreeScale
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks, score_latents
-from memory import free_memory, plan_stages
 from reward import add_rewards, load_reward
 from sampler import SAMPLERS, plan
 from unet import UNet
@@ -85,21 +84,34 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("caches (cache.py)")
     group.add_argument("--cache", choices=["deepcache", "faster", "inherit"],
                        help="run only a part of the U-Net at most steps")
-    group.add_argument("--cache-interval", type=int, default=3, metavar="N",
-                       help="deepcache, inherit: every N-th step in full")
-    group.add_argument("--cache-branch", type=int, default=0, help="deepcache: 0 fastest; the paper's is 1")
+    # None where nothing is given, so that a flag of another technique can be refused: see FLAGS_OF and BELONGS
+    group.add_argument("--cache-interval", type=int, metavar="N",
+                       help="deepcache, inherit: every N-th step in full (default: 3)")
+    group.add_argument("--cache-branch", type=int, metavar="B",
+                       help="deepcache: 0 fastest; the paper's is 1 (default: 0)")
     group.add_argument("--cache-center", type=int, metavar="STEP", help="deepcache: more full steps around this one")
+    group.add_argument("--cache-power", type=float, metavar="P",
+                       help="deepcache: how much more of them around --cache-center (default: 1.4)")
+    group.add_argument("--cache-schedule", metavar="RULE", help="deepcache: with --cache-center, the full steps as "
+                       "released, or by the paper's formula (default: released)")
     group.add_argument("--cache-keys", metavar="KEYS", help="faster: full steps: paper (the default), rescaled, "
                        "square, every:N, or a list such as 0,2,5; inherit: likewise, in place of --cache-interval")
     group.add_argument("--cache-units", metavar="UNITS", help="inherit: the units whose outputs are reused, such "
                        "as mid,u0-u2, of conv_in, d1, d2, ..., mid, u0, u1, ...")
     group.add_argument("--cache-parallel", action="store_true", help="faster: decode the steps between in one batch")
-    group.add_argument("--cache-max-batch", type=int, metavar="ROWS", help="faster: of that batch")
-    group.add_argument("--cache-noise", type=float, default=0.003, metavar="ALPHA",
-                       help="faster: prior noise injected in the second half")
+    group.add_argument("--cache-max-batch", type=int, metavar="ROWS",
+                       help="faster: of that batch at most, but those of one step at least")
+    group.add_argument("--cache-noise", type=float, metavar="ALPHA",
+                       help="faster: prior noise injected in the second half (default: 0.003)")
+    group.add_argument("--cache-tau", type=float, metavar="TIME",
+                       help="faster: inject it at times below this, of 1000 (default: 500)")
+    group.add_argument("--cache-official-order", action="store_true",
+                       help="faster: with --cache-parallel, inject it behind the prediction, as released")
     group.add_argument("--tgate", type=int, metavar="STEP", help="T-GATE: so many steps with text, then as follows")
-    group.add_argument("--tgate-text", default="reuse", help="what attention to the text gave: reuse it, or compute")
-    group.add_argument("--tgate-guidance", default="drop", help="drop: one pass instead of two; or keep")
+    group.add_argument("--tgate-text", metavar="HOW",
+                       help="what attention to the text gave: reuse it, or compute (default: reuse)")
+    group.add_argument("--tgate-guidance", metavar="HOW",
+                       help="drop: one pass instead of two; or keep (default: drop)")
     group.add_argument("--compare", action="store_true",
                        help="also draw each picture without cache and T-GATE, for a sheet of both and the speed-up")
     group = parser.add_argument_group("weight masks (maskunet.py)")
@@ -144,6 +156,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
+    check_belongings(args)
     read_freeu(args, "tiny")
     if read_cache(args) is None and read_tgate(args) is None and args.compare:
         raise InputError("--compare needs something to compare: add --cache or --tgate")
@@ -189,6 +202,41 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+# Which flags each cache has, and the names of its settings that they give
+FLAGS_OF = {
+    "deepcache": {"cache_interval": "interval", "cache_branch": "branch", "cache_center": "center",
+                  "cache_power": "power", "cache_schedule": "schedule"},
+    "faster": {"cache_keys": "keys", "cache_parallel": "parallel", "cache_max_batch": "max_batch",
+               "cache_noise": "alpha", "cache_tau": "tau", "cache_official_order": "official_order"},
+    "inherit": {"cache_units": "units", "cache_keys": "keys", "cache_interval": "keys"},
+}
+# Flags that do nothing without another one
+BELONGS = {"cache_power": "cache_center", "cache_schedule": "cache_center", "cache_max_batch": "cache_parallel",
+           "cache_official_order": "cache_parallel", "tgate_text": "tgate", "tgate_guidance": "tgate"}
+
+
+def given(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag without a default was given."""
+    return getattr(args, name) is not None and getattr(args, name) is not False      # 0 is a value
+
+
+def check_belongings(args: argparse.Namespace) -> None:
+    """InputError for a flag of another cache or T-GATE than the one asked for: it would do nothing."""
+    def flag(name: str) -> str:
+        return "--" + name.replace("_", "-")
+    for name in dict.fromkeys(name for names in FLAGS_OF.values() for name in names):
+        owners = [cache for cache, names in FLAGS_OF.items() if name in names]
+        if given(args, name) and args.cache not in owners:
+            raise InputError(f"{flag(name)} belongs to --cache {' or '.join(owners)}")
+    for name, needed in BELONGS.items():
+        if given(args, name) and not given(args, needed):
+            raise InputError(f"{flag(name)} does nothing without {flag(needed)}: give both, or neither")
+    if args.cache == "inherit" and given(args, "cache_keys") and given(args, "cache_interval"):
+        raise InputError("--cache-keys and --cache-interval both say which steps run in full; give one of them")
+    if args.cache == "inherit" and args.cache_units is None:
+        raise InputError("--cache inherit needs --cache-units, which names the units to reuse, such as mid,u0-u2")
+
+
 def read_freeu(args: argparse.Namespace, family: str) -> FreeU | None:
     """The FreeU object that the flags ask for, with the family's preset where they give no factors."""
     def numbers(flag: str, text: str, separator: str, counts: tuple[int, ...]) -> list[float]:
@@ -225,23 +273,17 @@ def read_freeu(args: argparse.Namespace, family: str) -> FreeU | None:
 def read_cache(args: argparse.Namespace, unet: UNet | None = None) -> DeepCache | FasterDiffusion | Inherit | None:
     """The cache that the flags ask for, checked against the U-Net if there is one yet."""
     if args.cache is None:
-        if args.cache_units is not None:
-            raise InputError("--cache-units belongs to --cache inherit")
         return None
-    if (args.cache_units is None) == (args.cache == "inherit"):
-        raise InputError("--cache inherit and --cache-units, which names the units to reuse, belong together")
+    kind = {"deepcache": DeepCache, "faster": FasterDiffusion, "inherit": Inherit}[args.cache]
+    settings = {"alpha": 0.003} if args.cache == "faster" else {}
+    settings |= {field: getattr(args, name) for name, field in FLAGS_OF[args.cache].items() if given(args, name)}
+    if isinstance(keys := settings.get("keys"), str):
+        if keys.startswith("every:") and keys.removeprefix("every:").isdecimal():
+            settings["keys"] = int(keys.removeprefix("every:"))
+        elif all(key.isdecimal() for key in keys.split(",")):
+            settings["keys"] = tuple(int(key) for key in keys.split(","))
     try:
-        keys = args.cache_keys or ("paper" if args.cache == "faster" else args.cache_interval)
-        if isinstance(keys, str) and keys.removeprefix("every:").isdecimal() and keys.startswith("every:"):
-            keys = int(keys.removeprefix("every:"))
-        elif isinstance(keys, str) and all(key.isdecimal() for key in keys.split(",")):
-            keys = tuple(int(key) for key in keys.split(","))
-        if args.cache == "deepcache":
-            cache = DeepCache(args.cache_interval, args.cache_branch, args.cache_center)
-        elif args.cache == "faster":
-            cache = FasterDiffusion(keys, args.cache_parallel, args.cache_max_batch, args.cache_noise)
-        else:
-            cache = Inherit(args.cache_units, keys)
+        cache = kind(**settings)
         cache.key_steps(args.steps)
         if unet is not None:
             cache.start(args.steps, {0}, unet)
@@ -255,7 +297,8 @@ def read_tgate(args: argparse.Namespace) -> TGate | None:
     if args.tgate is None:
         return None
     try:
-        tgate = TGate(args.tgate, args.tgate_text, args.tgate_guidance)
+        tgate = TGate(args.tgate, **{field: getattr(args, f"tgate_{field}") for field in ("text", "guidance")
+                                     if given(args, f"tgate_{field}")})
         tgate.start(args.steps, 0)
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -407,6 +450,8 @@ def read_image(args: argparse.Namespace) -> Tensor:
 def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, freeu: FreeU | None,
                  images: int, device: torch.device) -> None:
     """InputError for a last stage that the device's free memory can't hold, with the flags that help."""
+    from memory import free_memory, plan_stages  # it reaches into PyTorch's dispatcher: not where nobody needs it
+
     free = free_memory(device)
     if free is None:
         return
@@ -427,6 +472,8 @@ def report(args: argparse.Namespace, sd: "StableDiffusion", settings: dict[str, 
     cache, tgate, freescale = read_cache(args, sd.unet), settings["tgate"], settings["freescale"]
     if cache is None and tgate is None:
         return
+    from memory import run_macs
+
     steps, factor, units, ran, whole = args.steps, sd.config.vae.factor, [], 0, 0
     runs = [(settings["height"], settings["width"], steps - int(steps * args.strength) if from_picture else 0)]
     if freescale is not None:
@@ -471,15 +518,20 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
                               f"{args.freescale_blur} upsample {args.freescale_upsample}"
                               f"{' fast' if args.freescale_fast else ''}")
         pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {args.detail_map.name}"
+    cache, tgate = read_cache(args), read_tgate(args)
     if args.cache == "deepcache":
-        center = "" if args.cache_center is None else f" center {args.cache_center}"
-        pairs["DeepCache"] = f"interval {args.cache_interval} branch {args.cache_branch}{center}"
-    if args.cache == "faster":
-        pairs["Faster Diffusion"] = f"keys {args.cache_keys or 'paper'} noise {args.cache_noise:g}"
+        center = "" if cache.center is None else f" center {cache.center}"
+        power = "" if cache.power == DeepCache.power else f" power {cache.power:g}"
+        schedule = "" if cache.schedule == DeepCache.schedule else f" schedule {cache.schedule}"
+        pairs["DeepCache"] = f"interval {cache.interval} branch {cache.branch}{center}{power}{schedule}"
+    if args.cache == "faster":                                         # parallel or not, it is the same picture
+        below = "" if cache.tau == FasterDiffusion.tau else f" below {cache.tau:g}"
+        order = " official order" if cache.official_order else ""
+        pairs["Faster Diffusion"] = f"keys {args.cache_keys or cache.keys} noise {cache.alpha:g}{below}{order}"
     if args.cache == "inherit":
-        pairs["Inheritance"] = f"units {args.cache_units} keys {args.cache_keys or f'every:{args.cache_interval}'}"
-    if args.tgate is not None:
-        pairs["T-GATE"] = f"step {args.tgate} text {args.tgate_text} guidance {args.tgate_guidance}"
+        pairs["Inheritance"] = f"units {cache.units} keys {args.cache_keys or f'every:{cache.keys}'}"
+    if tgate is not None:
+        pairs["T-GATE"] = f"step {tgate.step} text {tgate.text} guidance {tgate.guidance}"
     if args.freeu is not None:
         pairs["FreeU"] = (f"{args.freeu} version {args.freeu_version} {args.freeu_rule} {args.freeu_window} "
                           f"backbone {args.freeu_backbone} skip {args.freeu_skip}")

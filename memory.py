@@ -4,7 +4,8 @@ Start at `plan_stages`: it runs the real U-Net and VAE on PyTorch's meta device,
 memory, under a `Meter` that adds up the tensors alive. So the plan can't drift away from the code. Not in it:
 workspaces of convolution libraries and what an allocator keeps in reserve. (One call of the tiny model's U-Net at 512
 pixels made a process on a CPU grow by 0.139 GB; planned are 0.089 of tensors.) Attention counts as fused: no matrix of
-scores is formed, as by PyTorch's kernels for NVIDIA GPUs and CPUs.
+scores is formed, as by PyTorch's kernels for NVIDIA GPUs and CPUs. For runs in which caches leave units out,
+`run_macs` adds up each unit's own count.
 """
 import weakref
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from clip_text import TextEncoder
 from folder import ModelConfig, build
 from freescale import FreeScale, enlarge
 from freeu import FreeU
-from unet import UNet
-from vae import VAE
+from unet import ResBlock, SpatialTransformer, UNet
+from vae import VAE, together
 
 
 class Meter(TorchDispatchMode):
@@ -129,7 +131,7 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
             enlarge(latents(*freescale.resolutions[number - 1]), size, "rgb", vae, latents(*size), tile(latents(*size)))
         if number == len(freescale.resolutions) - 1:
             z = latents(*size)
-            image = torch.cat([vae.decode(part, tile(z)).float() for part in z.split(1)])
+            image = torch.cat([vae.decode(part, tile(z)).float() for part in together(z)])
             (image / 2 + 0.5).clamp(0, 1)
 
     plans = []
@@ -153,3 +155,62 @@ def free_memory(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
     return None
+
+
+# ------------------------------------------------------------------------------------- multiply-adds, unit by unit
+
+def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tuple[int, int]]:
+    """Multiply-adds of every unit of the flat list for one latent: of all but its attention to the text, and of that.
+
+    Convolutions, linear layers and attention's two products, by their shapes: equal to torch's FLOP counter / 2. Of a
+    pass by itself, in which each unit projects text and time anew; the last unit has the embedding and output layers.
+    """
+    def weights(*modules: nn.Module) -> int:
+        return sum(module.weight.numel() for module in modules)
+
+    def unit(resnets: list[ResBlock], attention: SpatialTransformer | None, size: tuple[int, int]) -> list[int]:
+        n, macs, text = size[0] * size[1], 0, 0
+        for r in resnets:
+            shortcut = [] if r.conv_shortcut is None else [r.conv_shortcut]
+            macs += n * weights(r.conv1, r.conv2, *shortcut) + weights(r.time_emb_proj)
+        if attention is not None:
+            macs += n * weights(attention.proj_in, attention.proj_out)
+            for block in attention.transformer_blocks:
+                own, cross, (gate, _, out) = block.attn1, block.attn2, block.ff.net
+                c = own.to_q.out_features
+                macs += n * weights(own.to_q, own.to_k, own.to_v, own.to_out[0], gate.proj, out) + 2 * n * n * c
+                text += n * weights(cross.to_q, cross.to_out[0]) + tokens * weights(cross.to_k, cross.to_v)
+                text += 2 * n * tokens * c
+        return [macs, text]
+
+    sizes = [(height, width)]
+    counts = [[height * width * weights(unet.conv_in), 0]]
+    for resnet, attention, down in unet.down_units():
+        h, w = sizes[-1]
+        sizes.append((h, w) if down is None else ((h + 1) // 2, (w + 1) // 2))
+        h, w = sizes[-1]
+        counts.append(unit([resnet], attention, (h, w)) if down is None else [h * w * weights(down.conv), 0])
+    counts.append(unit(list(unet.mid_block.resnets), unet.mid_block.attentions[0], sizes[-1]))
+    for resnet, attention, up in unet.up_units():
+        counts.append(unit([resnet], attention, sizes.pop()))
+        if up is not None:
+            counts[-1][0] += sizes[-1][0] * sizes[-1][1] * weights(up.conv)
+    embeddings = [unet.time_embedding] + ([unet.add_embedding] if unet.config.add_dim else [])
+    counts[-1][0] += height * width * weights(unet.conv_out) + sum(weights(e.linear_1, e.linear_2) for e in embeddings)
+    return [(macs, text) for macs, text in counts]
+
+
+def run_macs(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
+             cache: DeepCache | FasterDiffusion | Inherit | None = None, tgate: TGate | None = None,
+             tokens: int = 77) -> int:
+    """Multiply-adds of all passes of one image's run from step `first`; guided: two rows a pass."""
+    units, total = unit_macs(unet, height, width, tokens), 0
+    gate = steps if tgate is None else tgate.start(steps, first)[0]
+    features = None if cache is None else cache.start(steps, {first, gate}, unet)
+    for i in range(first, steps):
+        rows = 1 if not guided or i >= gate and tgate.guidance == "drop" else 2
+        closed = i >= gate and tgate.text == "reuse"
+        now = None if features is None else features.at(i)
+        total += rows * sum(macs + (0 if closed else text) for k, (macs, text) in enumerate(units)
+                            if now is None or now.runs(k))
+    return total

@@ -179,6 +179,9 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
     """
     if freescale is not None and (init is None or generators is None):
         raise ValueError("FreeScale goes on from an enlarged picture: pass it as init, and generators, one per image")
+    for name, given in (("cache", cache), ("tgate", tgate), ("masks", masks)):
+        if given is not None and not hasattr(unet, "up_units"):
+            raise ValueError(f"{name} needs a UNet, in which it acts, and a function was given: leave it out")
     p = plan(sampler, steps, schedule, spacing)
     eta = 1.0 if sampler == "euler-a" else eta
     check_settings(sampler, prediction, eta, generators, strength)
@@ -237,7 +240,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
             out = negative + cfg_scale * (positive - negative)
         return out
 
-    first_x = x
+    # The noise in x at the start, which is all of it without a picture to start from
+    prior = x if init is None else math.sqrt(1 - p.now[start]) * noise
     for i in range(start, steps):
         if i == gate_step:                                             # a key step of any cache
             dropped = guided and tgate.guidance == "drop"
@@ -251,13 +255,13 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negati
         if stage is not None and i > start:                            # at the start x is the noised picture itself
             x = stage.mix(x, init, noise, p.now[i], p.times[i], schedule.train_steps)
         if cache is not None:
-            x = passes[0].features.inject(x, first_x, p.times[i])
+            x = passes[0].features.inject(x, prior, p.times[i])
         if drawn is not None:                                          # a search tries masks on this step's x0
             drawn.at(i)
             drawn.search(lambda: x0_and_eps(x, predict(x, i), p.now[i], prediction)[0])  # noqa: B023
         out = predict(x, i)
         if cache is not None and passes[0].features.parallel:
-            x = passes[0].features.inject(x, first_x, p.times[i], late=True)
+            x = passes[0].features.inject(x, prior, p.times[i], late=True)
         x = step(i, x, *x0_and_eps(x, out, p.now[i], prediction))
         yield i, x
 

@@ -58,8 +58,9 @@ from freeu import FreeU
 from maskunet import Masks, MaskSearch
 from sampler import draw_noise, generate
 from unet import UNet, sinusoid
-from vae import VAE, tile_side
+from vae import VAE, tile_side, together
 
+KNOWN = 64         # texts of which a command keeps the encoding: 15 MB for SD 1.5 and 40 MB for SDXL in float32
 Prompt = str | list[str] | Tensor | tuple[Tensor, Tensor | None]
 
 
@@ -80,8 +81,9 @@ class StableDiffusion:
         low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
             of guidance run one after the other. The same pictures, with less memory and somewhat slower.
         compiled: torch.compile makes one graph of the U-Net, at its first call and again for every other size, batch
-            or set of techniques: minutes for a large model, so for many pictures of one kind. Masks by chance and
-            FreeScale draw random numbers inside the U-Net, where graphs break: right, but with less to gain.
+            or set of techniques: minutes for a large model, so for many pictures of one kind. Parallel Faster Diffusion
+            has a graph of the encoder, and one of the decoder for each number of steps in a batch. Masks (in any mode)
+            and FreeScale use random generators inside the U-Net, where graphs break: right, but with less to gain.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -100,7 +102,8 @@ class StableDiffusion:
             vae.to(memory_format=torch.channels_last)
         if compiled:
             frozen = {"freezing": True} if torch.device(device).type == "cpu" else None      # weights laid out once
-            unet.compile(dynamic=False, options=frozen)
+            # behind the limit, PyTorch runs without graphs; its own, 8, is less than a few caches and batches need
+            unet.compile(dynamic=False, options=frozen, recompile_limit=64)
         return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
 
     @contextlib.contextmanager
@@ -114,22 +117,30 @@ class StableDiffusion:
                 module.to("cpu")
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
-        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that are lost."""
+    def encode_prompt(self, prompts: str | list[str],
+                      known: dict[str, tuple[Tensor, Tensor | None]] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that are lost.
+
+        known: what earlier calls with it encoded, the last KNOWN texts; the caller's, so that it ends with his weights.
+        """
+        known = {} if known is None else known
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"a prompt is a text or a list of texts, not {prompts!r}")
-        unique, hidden, pooled, lost = list(dict.fromkeys(prompts)), [], None, []
-        for text in self.text_encoders:
-            ids, lost = self.tokenizer(unique, text.config.length, text.config.pad)
+        new, hidden, pooled, lost = [text for text in dict.fromkeys(prompts) if text not in known], [], None, []
+        for text in self.text_encoders if new else []:
+            ids, lost = self.tokenizer(new, text.config.length, text.config.pad)
             with self.on_device(text):
                 h, pooled = text(ids.to(self.device))                  # SDXL's pooled vector is the second encoder's
             hidden.append(h)
-        for prompt, words in zip(unique, lost):
+        for k, (prompt, words) in enumerate(zip(new, lost)):
+            known[prompt] = torch.cat([h[k] for h in hidden], dim=-1), None if pooled is None else pooled[k]
             if words:
                 warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}", stacklevel=2)
-        rows = [unique.index(prompt) for prompt in prompts]
-        return torch.cat(hidden, dim=-1)[rows], None if pooled is None else pooled[rows]
+        contexts, pools = zip(*(known[prompt] for prompt in prompts))
+        while len(known) > KNOWN:
+            del known[next(iter(known))]                               # the oldest
+        return torch.stack(contexts), None if pools[0] is None else torch.stack(pools)
 
     def size_conditioning(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
         """SDXL's added condition (B, add_dim): the pooled text (B, P), then a wave for each of six sizes (B, 6).
@@ -139,17 +150,17 @@ class StableDiffusion:
         waves = sinusoid(time_ids.flatten(), self.config.unet.add_time_dim).reshape(len(time_ids), -1)
         return torch.cat([pooled, waves.to(pooled)], dim=-1)
 
-    def conditions(self, prompt: Prompt | None, batch: int | None,
-                   height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    def conditions(self, prompt: Prompt | None, batch: int | None, height: int, width: int,
+                   known: dict[str, tuple[Tensor, Tensor | None]] | None = None) -> tuple[Tensor, Tensor | None]:
         """What the U-Net is told: context (B, L, D), and for SDXL the added condition (B, add_dim)."""
         if prompt is None and self.config.zero_negative:               # SDXL without a negative prompt: zeros, not ""
-            context, pooled = (torch.zeros_like(x) for x in self.encode_prompt([""]))
+            context, pooled = (torch.zeros_like(x) for x in self.encode_prompt([""], known))
         elif isinstance(prompt, Tensor):
             context, pooled = prompt, None
         elif isinstance(prompt, tuple):
             context, pooled = prompt
         else:
-            context, pooled = self.encode_prompt("" if prompt is None else prompt)
+            context, pooled = self.encode_prompt("" if prompt is None else prompt, known)
         if batch is not None and len(context) == 1:
             context, pooled = context.expand(batch, -1, -1), None if pooled is None else pooled.expand(batch, -1)
         if batch is not None and len(context) != batch:
@@ -169,6 +180,7 @@ class StableDiffusion:
                freescale: FreeScale | None = None, masks: Masks | MaskSearch | None = None,
                init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
                model: Callable[..., Tensor] | None = None,
+               known: dict[str, tuple[Tensor, Tensor | None]] | None = None,
                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
@@ -182,6 +194,7 @@ class StableDiffusion:
             noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
         tile: of the VAE between FreeScale's stages, as in `decode`.
         model: a function in the U-Net's place, such as `highres_baselines.py` makes.
+        known: encodings of texts to go on using, see `encode_prompt`.
         callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
             arguments: see `sampler.generate`.
         """
@@ -193,10 +206,10 @@ class StableDiffusion:
                 height = given.shape[-2] * factor if height is None else height
                 width = given.shape[-1] * factor if width is None else width
         height, width = check_size(native if height is None else height, native if width is None else width)
-        context, added = self.conditions(prompt, None, height, width)
+        context, added = self.conditions(prompt, None, height, width, known)
         negative, negative_added = None, None
         if cfg_scale != 1:
-            negative, negative_added = self.conditions(negative_prompt, len(context), height, width)
+            negative, negative_added = self.conditions(negative_prompt, len(context), height, width, known)
 
         seeds = [seed + k for k in range(len(context))] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != len(context):
@@ -249,13 +262,13 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """VAE-scaled latents (B, 4, h, w) to images (B, 3, H, W) in [0, 1], float32, one at a time to save memory.
+        """VAE-scaled latents (B, 4, h, w) to images (B, 3, H, W) in [0, 1], float32; large ones one at a time.
 
         tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
         """
         z = latents.to(self.device) / self.config.vae.scaling
         with self.on_device(self.vae):
-            images = torch.cat([self.vae.decode(z[k:k + 1], tile_side(tile, z)).float() for k in range(len(z))])
+            images = torch.cat([self.vae.decode(part, tile_side(tile, z)).float() for part in together(z)])
         if not images.isfinite().all():
             raise InputError(not_finite("decoded image", self.vae.post_quant_conv.weight.dtype))
         return (images / 2 + 0.5).clamp(0, 1)
@@ -364,6 +377,7 @@ def main() -> None:
         settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings, init_image is not None)
         init = None if init_image is None else sd.encode(init_image, args.vae_tile)
+        known = {}                                                     # each text is encoded once for all batches
 
     def draw(batch: list[int], **changes) -> tuple[Tensor, float]:
         """Pictures of these numbers as latents, with changed settings, and the seconds that sampling took."""
@@ -373,15 +387,17 @@ def main() -> None:
                   unit="step", leave=False, disable=rank > 0) as bar:
             started = time.perf_counter()
             latents = sd.sample(
-                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init,
+                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init, known=known,
                 callback=lambda i, _: bar.update(i + 1 - bar.n), **settings | changes)
             return latents, time.perf_counter() - started              # `sample` has looked at the result: it is there
 
     for start in range(0, len(todo), args.batch_size):
         batch, plain, started = todo[start:start + args.batch_size], None, time.time()
         if args.compare:
-            if start == 0:
+            if start == 0 or args.compile and len(batch) < args.batch_size:
                 draw(batch, steps=1, cache=None, tgate=None)           # the first pass of a process is a slow one
+                if args.compile:
+                    draw(batch)                                        # makes the graphs of every kind of step
             plain, seconds_plain = draw(batch, cache=None, tgate=None)
             plain = sd.decode(plain, args.vae_tile)
         latents, seconds_sampling = draw(batch)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TOGETHER = 64 * 64     # latent pixels decoded at once, so that a batch needs no more memory than one of 512x512 pixels
 WHOLE = 128 * 128      # latent pixels decoded in one piece by default (SDXL's 1024x1024); above, in tiles
 
 
@@ -233,6 +234,11 @@ class VAE(nn.Module):
 def tile_side(tile: int | None, latents: Tensor) -> int | None:
     """The VAE's `tile` argument: as asked (0: none), or by the latents' size."""
     return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
+
+
+def together(latents: Tensor) -> tuple[Tensor, ...]:
+    """A batch of latents in parts to decode at once: many small ones, large ones alone."""
+    return latents.split(max(TOGETHER // (latents.shape[-2] * latents.shape[-1]), 1))
 
 
 def thumbnail(x: Tensor, size: tuple[int, int], tile: int, scale: int) -> Tensor:

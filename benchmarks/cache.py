@@ -2,11 +2,13 @@
 
     python -m benchmarks.cache                                                 # everything, SD 1.5's shapes, on the CPU
     python -m benchmarks.cache --parts macs --family sdxl --size 1024
+    python -m benchmarks.cache --parts parallel --schedule-size 512 --group 15
     python -m benchmarks.cache --parts passes schedules --device cuda --dtype bfloat16 --schedule-size 512 --rounds 20
 
-Four parts, each a function whose rows are printed as a table: `macs`, of a pass alone, of one latent (no weights are
+Five parts, each a function whose rows are printed as a table: `macs`, of a pass alone, of one latent (no weights are
 made for it); `passes`, the time of a key step and of cheap ones; `schedules`, of whole runs of the sampling loop;
-`tiny`, of complete pictures of the tiny model, with the exact score and the likeness to the uncached picture.
+`parallel`, time and memory of one group of parallel Faster Diffusion by its decoder's batch; `tiny`, of complete
+pictures of the tiny model, with the exact score and the likeness to the uncached picture.
 Weights are random except in the last. Times are medians of rounds in one process, in each of which everything is timed
 once, in an order that turns from round to round; speed-ups are medians of each round's own ratio.
 """
@@ -23,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate, run_macs, unit_macs
+from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate
 from folder import TINY, InputError, replacing, run_command
 from lab.evaluate import evaluate
 from lab.freeu_study import mixed_prompts, paired_interval
+from memory import measure, run_macs, unit_macs
 from sampler import generate
 from txt2img import StableDiffusion, psnr
 from unet import CONFIGS, UNet, sinusoid
@@ -172,7 +175,7 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
     unet, x, context, added = inputs(args, args.size)
     x = x.repeat(2, 1, 1, 1).to(context.dtype)
     shifts, text = unet.embed_time(torch.tensor(500, device=args.device), added), unet.embed_text(context)
-    call = torch.compile(unet) if args.compile else unet
+    call = torch.compile(unet, recompile_limit=64) if args.compile else unet
     units, n = unit_macs(unet, args.size // 8, args.size // 8), len(unet.up_units())
     full, cross = sum(map(sum, units)), sum(text for _, text in units)
     calls, ideal = {"full": lambda: call(x, shifts, text)}, {"full": 1.0}
@@ -239,6 +242,36 @@ def schedules(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def parallel(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A key step and the steps behind it: each alone, and with so many decoded in one batch; memory from shapes alone.
+
+    Memory is what tensors take at the peak of the run, beyond weights and what is there before: see `memory.py`.
+    """
+    unet, noise, context, added = inputs(args, args.schedule_size)
+    keys, rows = (0,), 2 * args.batch
+    counts = [n for n in (2, 4, 8, 16, 32) if n < args.group] + [args.group]
+    caches = {"serial": FasterDiffusion(keys)} | {
+        f"{n} steps a batch": FasterDiffusion(keys, parallel=True, max_batch=n * rows) for n in counts}
+
+    def run(unet: UNet, cache: FasterDiffusion, device: str) -> None:
+        x, (negative, positive) = noise.to(device), context.to(device).chunk(2)
+        negative_added, positive_added = (None, None) if added is None else added.to(device).chunk(2)
+        for _ in generate(unet, x, positive, negative, args.group, cache=cache, added=positive_added,
+                          negative_added=negative_added):
+            pass
+    calls = {name: lambda cache=cache: run(unet, cache, args.device) for name, cache in caches.items()}
+    results = against_first(alternate(calls, args.rounds, args.device), dict.fromkeys(caches, 1.0))
+    with torch.device("meta"):
+        shapes = UNet(CONFIGS[args.family]).to(context.dtype)
+    for row, cache in zip(results, caches.values()):
+        row["peak of tensors, MB"] = measure(lambda: run(shapes, cache, "meta"), shapes).peak / 1e6  # noqa: B023
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            run(unet, cache, args.device)
+            row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return results
+
+
 def cache_bytes(techniques: Techniques, args: argparse.Namespace, side: int) -> int:
     """What a run's cache and T-GATE keep between steps, for both halves of guidance."""
     config, dtype, rows = CONFIGS[args.family], getattr(torch, args.dtype), 2 * args.batch
@@ -301,11 +334,12 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the caches save, counted and timed.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "tiny"],
-                        choices=["macs", "passes", "schedules", "tiny"])
+    parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "parallel", "tiny"],
+                        choices=["macs", "passes", "schedules", "parallel", "tiny"])
     parser.add_argument("--family", default="sd15", choices=CONFIGS, help="architecture, with random weights")
     parser.add_argument("--size", type=int, default=512, help="pixels of macs and passes (8 a latent pixel)")
-    parser.add_argument("--schedule-size", type=int, default=128, help="pixels of schedules")
+    parser.add_argument("--schedule-size", type=int, default=128, help="pixels of schedules and parallel")
+    parser.add_argument("--group", type=int, default=15, help="steps of parallel (15: the longest of the paper's 50)")
     parser.add_argument("--steps", type=int, default=50, help="of schedules and tiny")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="pictures of passes and schedules, each with guidance")
@@ -319,7 +353,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows here; parts that it has stay")
     args = parser.parse_args()
-    counts = (args.rounds, args.batch, args.n, args.tiny_batch, args.steps, args.size, args.schedule_size)
+    counts = (args.rounds, args.group, args.batch, args.n, args.tiny_batch, args.steps, args.size, args.schedule_size)
     if min(counts) < 1 or args.size % 64 or args.schedule_size % 64:
         raise InputError("counts must be 1 or more, and sizes multiples of 64")
     where = (f"{args.device}, {args.dtype}{', compiled' if args.compile else ''}, {torch.get_num_threads()} threads, "
@@ -327,9 +361,11 @@ def main() -> None:
     titles = {"macs": f"{args.family}, {args.size} px: multiply-adds of one pass and row",
               "passes": f"{args.family}, {args.size} px, {where}: one pass with guidance",
               "schedules": f"{args.family}, {args.schedule_size} px, {args.steps} steps, {where}: a run with guidance",
+              "parallel": f"{args.family}, {args.schedule_size} px, {where}: a group of {args.group} steps, Faster "
+                          "Diffusion, with guidance",
               "tiny": f"tiny model, {args.steps} steps, guidance 4, {where}: {args.tiny_batch} pictures at a time"}
     parts = {"macs": lambda: macs(args.family, args.size // 8), "passes": lambda: passes(args),
-             "schedules": lambda: schedules(args), "tiny": lambda: tiny(args)}
+             "schedules": lambda: schedules(args), "parallel": lambda: parallel(args), "tiny": lambda: tiny(args)}
     for part in args.parts:
         rows = parts[part]()
         show(titles[part], rows)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cache import against_first, alternate
-from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate, run_macs
+from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate
 from folder import TINY, InputError, read_config, run_command
 from freeu import PRESETS, FreeU
 from lab.evaluate import evaluate
@@ -35,6 +35,7 @@ from lab.freeu_study import (
     sheet,
     write_json,
 )
+from memory import run_macs
 from sampler import SAMPLERS, plan
 from txt2img import StableDiffusion, psnr
 from unet import UNet
@@ -126,6 +127,8 @@ def arms(steps: int) -> dict[str, Arm]:
     table |= {f"Faster {keys}{', noise' if alpha else ''}": Arm(f"Faster Diffusion{', noise' if alpha else ''}",
                                                                 {"cache": FasterDiffusion(keys, alpha=alpha)})
               for alpha in (0.0, 0.003) for keys in ("paper", "rescaled", 2, 5, 10)}
+    table |= {"Faster paper, parallel": Arm("Faster Diffusion, parallel",
+                                            {"cache": FasterDiffusion("paper", parallel=True)})}
     table |= {"inherit d4-u7 N3": Arm("inherit", {"cache": Inherit("d4-u7", 3)})}
     table |= {f"T-GATE {gate}{name}": Arm("T-GATE", {"tgate": TGate(gate, **choice)}) for name, choice in (
         ("", {}), (", guidance kept", {"guidance": "keep"}), (", text computed", {"text": "compute"}))}

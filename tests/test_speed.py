@@ -15,7 +15,7 @@ from cache import DeepCache, FasterDiffusion, TGate
 from folder import InputError, run_command
 from freeu import PRESETS, FreeU
 from txt2img import StableDiffusion
-from unet import WIDE, project
+from unet import WIDE, UNet, project
 
 NUMBERS = {"row": "unet tiny 64 float32 guided eager", "seconds": 0.02, "base seconds": 0.03, "ratio": 1.5,
            "least": 1.4, "greatest": 1.6, "cpu ratio": 1.45, "error": 1e-7, "base error": 0.0, "flops": 5e9,
@@ -83,6 +83,8 @@ def test_a_table_line_has_ratio_error_memory_and_distance_from_the_peak():
     assert head.count("|") == line.count("|")
     for cell in ("1.50 (1.40 to 1.60)", "1.0e-07 / 0.0e+00", "0.40 / 0.60", "50% / 25%", "0.005"):
         assert f"| {cell} |" in line
+    compiled = NUMBERS | {"compiled": True, "first call": 31.0, "base first call": 64.25}
+    assert "s /" not in line and "| 31 / 64.2 s |" in table([compiled]).splitlines()[2]
     refused = table([{"row": "a", "refused": "why"}]).splitlines()[2]
     assert refused.count("|") == head.count("|")
 
@@ -145,7 +147,9 @@ def test_wide_layers_are_the_same_as_convolutions():
 
 @pytest.mark.parametrize("techniques,graphs", [
     ({}, 1), ({"cache": FasterDiffusion(2)}, 4),
-    ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)], ids=["plain", "faster", "together"])
+    ({"cache": FasterDiffusion((0, 1, 5), parallel=True)}, 4),         # an encoder, and decoders of 1, 4 and 7 steps
+    ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)],
+    ids=["plain", "faster", "parallel", "together"])
 def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_few_times(techniques, graphs, tmp_path):
     """A graph for each kind of step, not for each step. The graphs run as they are, so no C++ compiler is needed."""
     torch.compiler.reset()
@@ -158,3 +162,20 @@ def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_f
     sd.unet.compile(backend=note, fullgraph=True, dynamic=False)
     assert torch.equal(sd.sample("a circle", steps=12, **techniques), plain)
     assert 1 <= len(compiled) <= graphs
+
+
+def test_a_command_that_compiles_has_room_for_more_kinds_of_steps_than_pytorchs_own_eight(tmp_path, monkeypatch):
+    compiled, plain = [], UNet.compile
+
+    def note(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    # behind the limit, a full graph is an error
+    monkeypatch.setattr(UNet, "compile", lambda self, options, **more: plain(
+        self, backend=note, fullgraph=True, **more))
+    torch.compiler.reset()
+    sd = StableDiffusion.load(make_folder(tmp_path / "narrow"), compiled=True)
+    for techniques in ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, {"cache": FasterDiffusion(2)}):
+        for prompts in (["a"], ["a", "red"]):
+            sd.sample(prompts, steps=6, **techniques)
+    assert len(compiled) > 8

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import folder
 import txt2img
 from clip_text import TextConfig, TextEncoder
-from flags import read_image
+from clip_text import Tokenizer as OurTokenizer
+from flags import parse_arguments, read_image
 from folder import InputError, ModelConfig, run_command, write_config
 from freescale import FreeScale
 from sampler import NoiseSchedule
@@ -32,9 +33,9 @@ UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), context_dim=16, 
 WORDS = ["<|padding|>", "<|unknown|>", "<|startoftext|>", "a", "red", "blue", "circle", "<|endoftext|>"]
 
 
-def make_folder(path: Path, sdxl: bool = False) -> Path:
+def make_folder(path: Path, sdxl: bool = False, channels: tuple[int, ...] = UNET.channels) -> Path:
     """A model folder with random weights, small enough to sample from in milliseconds."""
-    text, unet, more = TEXT, UNET, {}
+    text, unet, more = TEXT, replace(UNET, channels=channels), {}
     if sdxl:
         text = replace(TEXT, output="penultimate")
         more = dict(text_encoder_2=replace(text, projection=12), zero_negative=True)
@@ -135,6 +136,83 @@ def test_decoding_gives_pictures_and_encoding_takes_them_back_to_latents(narrow)
     images = sd.decode(torch.randn(2, 4, 8, 6, generator=torch.Generator().manual_seed(0)))
     assert images.shape == (2, 3, 32, 24) and 0 <= images.min() and images.max() <= 1
     assert sd.encode(images).shape == (2, 4, 8, 6)
+
+
+def test_small_pictures_are_decoded_together_and_large_ones_alone(narrow, monkeypatch):
+    sd, rows = StableDiffusion.load(narrow), []
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda self, z, tile: (rows.append(len(z)), plain(self, z, tile))[1])
+    together = sd.decode(latents)
+    for budget, want in ((64, [1] * 5), (2 * 64 + 1, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr("vae.TOGETHER", budget)
+        rows.clear()
+        assert torch.allclose(sd.decode(latents), together, atol=1e-5) and rows == want
+        for k, image in enumerate(sd.decode(latents, tile=8)):
+            assert torch.allclose(image, sd.decode(latents[k:k + 1], tile=8)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("negative", [[], ["--negative-prompt", "a blue circle"]], ids=["none", "one"])
+def test_each_text_of_a_command_is_encoded_once_for_all_its_batches(sdxl, negative, narrow, narrow_xl, tmp_path,
+                                                                    command, monkeypatch):
+    plain, seen, prompts = OurTokenizer.__call__, [], tmp_path / "prompts.txt"
+    monkeypatch.setattr(OurTokenizer, "__call__", lambda self, texts, *more: (
+        seen.extend(texts), plain(self, texts, *more))[1])
+    prompts.write_text("a circle\na red circle\na circle\na blue circle\n")
+    model = narrow_xl if sdxl else narrow
+    out = tmp_path / "out"
+    assert command("--from-file", prompts, "--model", model, "--steps", 1, "--n", 2, "--out", out, *negative)[0] == 0
+    texts = ["a circle", "a red circle", "a blue circle"] + ([] if negative else [""])
+    assert sorted(seen) == sorted(texts * (2 if sdxl else 1)) and len(list(out.iterdir())) == 8
+    monkeypatch.setattr(txt2img, "KNOWN", 1)                           # only the last one is kept
+    known, sd = {}, StableDiffusion.load(model)
+    both, again = sd.encode_prompt(["a circle", "a red circle"], known), sd.encode_prompt("a circle", known)
+    assert list(known) == ["a circle"] and torch.allclose(both[0][:1], again[0], atol=1e-5)
+
+
+def test_compare_clocks_nothing_that_is_drawn_for_the_first_time(narrow, tmp_path, command, monkeypatch):
+    plain, drawn = StableDiffusion.sample, []
+
+    def sample(self, prompts, **settings):
+        drawn.append((len(prompts), settings["steps"], settings["cache"] is not None))
+        return plain(self, prompts, **settings)
+    monkeypatch.setattr(StableDiffusion, "sample", sample)
+    monkeypatch.setattr(UNet, "compile", lambda self, **options: None)
+    flags = ("a circle", "--model", narrow, "--steps", 4, "--out", tmp_path, "--cache", "deepcache", "--compare",
+             "--batch-size", 2, "--n", 3)
+    assert command(*flags)[0] == 0
+    assert drawn == [(2, 1, False), (2, 4, False), (2, 4, True), (1, 4, False), (1, 4, True)]
+    drawn.clear()
+    assert command(*flags, "--seed", 5, "--compile")[0] == 0            # graphs of both, and of the smaller last batch
+    assert drawn == [(n, steps, cached) for n in (2, 1)
+                     for steps, cached in ((1, False), (4, True), (4, False), (4, True))]
+
+
+LOAD = """
+import sys
+from pathlib import Path
+
+from txt2img import StableDiffusion
+
+def peak():
+    return 1024 * int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x).split()[1])
+
+StableDiffusion.load(sys.argv[1])                  # with the first come libraries
+before = peak()
+sd = StableDiffusion.load(sys.argv[2])
+sum(float(p.flatten()[::1024].sum()) for p in sd.unet.parameters())        # every page is read
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says how much memory a process had")
+def test_loading_never_holds_two_copies_of_the_weights(narrow, tmp_path):
+    model = make_folder(tmp_path / "large", channels=(256, 768))
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    done = subprocess.run([sys.executable, "-c", LOAD, narrow, model], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert size > 200e6 and 0.9 * size < int(done.stdout) < 1.2 * size
 
 
 def test_the_sdxl_autoencoder_stays_in_float32_when_the_rest_is_float16(narrow_xl, narrow):
@@ -322,7 +400,7 @@ def test_a_detail_map_is_read_and_checked(narrow, tmp_path, command):
     (["--low-memory", "--dtype", "bfloat16", "--vae-tile", 0], "--vae-tile 64 or smaller --resolutions")])
 def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, hints, narrow, tmp_path, command,
                                                                         monkeypatch):
-    monkeypatch.setattr("flags.free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr("memory.free_memory", lambda device: 1_000_000)
     monkeypatch.setattr(StableDiffusion, "load", None)
     code, _, stderr = command("a circle", "--model", narrow, "--freescale", 4, "--out", tmp_path / "p.png", *flags)
     assert code == 2 and stderr.count("\n") == 1 and stderr.endswith(f"GB free on cpu: use {hints}\n")
@@ -529,7 +607,11 @@ def test_cache_flags_change_the_picture_and_an_interval_of_one_does_not(narrow, 
     plain, _ = run()
     assert np.array_equal(run("--cache", "deepcache", "--cache-interval", 1)[0], plain)
     assert np.array_equal(run("--cache", "faster", "--cache-keys", "every:1", "--cache-noise", 0)[0], plain)
-    for flags, words in ((["deepcache", "--cache-branch", "1"], "DeepCache: interval 3 branch 1"),
+    for flags, words in ((["deepcache", "--cache-branch", "1"], "DeepCache: interval 3 branch 1,"),
+                         (["deepcache", "--cache-center", "2", "--cache-power", "1.2", "--cache-schedule", "paper"],
+                          "DeepCache: interval 3 branch 0 center 2 power 1.2 schedule paper,"),
+                         (["faster", "--cache-parallel", "--cache-official-order", "--cache-tau", "900"],
+                          "Faster Diffusion: keys paper noise 0.003 below 900 official order,"),
                          (["faster", "--cache-keys", "0,2", "--cache-parallel"], "Faster Diffusion: \"keys 0,2 noise"),
                          (["inherit", "--cache-units", "mid,u0"], "Inheritance: \"units mid,u0 keys every:3")):
         picture, text = run("--cache", *flags, "--freeu")
@@ -573,8 +655,14 @@ def test_compare_draws_both_pictures_side_by_side_and_tells_the_speed_up(narrow,
     (["faster", "--cache-keys", "1,2"], "begin with 0"),
     (["faster", "--cache-keys", "0,30"], "beyond the last"), (["faster", "--cache-keys", "every:x"], "x"),
     (["faster", "--cache-noise", "-1"], "between 0 and 1"), (["faster", "--cache-keys", "every:2,3"], "are paper"),
-    (["deepcache", "--cache-interval", "31"], "more than the run's 30"), (["inherit"], "belong together"),
-    (["inherit", "--cache-units", "mid,x9"], "'x9' is none"), (["deepcache", "--cache-units", "mid"], "together"),
+    (["deepcache", "--cache-interval", "31"], "more than the run's 30"), (["inherit"], "needs --cache-units"),
+    (["inherit", "--cache-units", "mid,x9"], "'x9' is none"), (["faster", "--cache-keys", ""], "not ''"),
+    (["deepcache", "--cache-center", "9", "--cache-power", "nan"], "power must be 0.1 to 10"),
+    (["deepcache", "--cache-center", "9", "--cache-power", "0"], "power must be 0.1 to 10"),
+    (["deepcache", "--cache-center", "9", "--cache-schedule", "even"], "released or paper"),
+    (["deepcache", "--cache-center", "0"], "center 0 is not between"), (["faster", "--cache-noise", "nan"], "alpha"),
+    (["faster", "--cache-parallel", "--cache-max-batch", "0"], "1 or more"), (["faster", "--cache-tau", "-1"], "tau"),
+    (["inherit", "--cache-units", "mid", "--cache-keys", "0", "--cache-interval", "2"], "give one of them"),
     (["deepcache", "--tgate", "30"], "beyond the last"), (["deepcache", "--tgate", "0"], "1 or more"),
     (["deepcache", "--tgate", "5", "--tgate-text", "forget"], "reuse or compute"),
     (["deepcache", "--tgate", "5", "--tgate-text", "compute", "--tgate-guidance", "keep"], "does nothing")])
@@ -584,7 +672,38 @@ def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, c
 
 
 def test_flags_that_need_another_one_say_so(narrow, tmp_path, command):
-    for flags, words in ((["--compare"], "add --cache or --tgate"),
-                         (["--cache-units", "mid"], "belongs to --cache inherit")):
-        code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
-        assert code == 2 and words in stderr and list(tmp_path.iterdir()) == []
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", "--compare")
+    assert code == 2 and "add --cache or --tgate" in stderr and list(tmp_path.iterdir()) == []
+
+
+FLAGS = {"--cache-interval": ("2", ("deepcache", "inherit")), "--cache-branch": ("0", ("deepcache",)),
+         "--cache-center": ("9", ("deepcache",)), "--cache-power": ("1.4", ("deepcache",)),
+         "--cache-schedule": ("paper", ("deepcache",)), "--cache-keys": ("paper", ("faster", "inherit")),
+         "--cache-parallel": (None, ("faster",)), "--cache-max-batch": ("4", ("faster",)),
+         "--cache-noise": ("0", ("faster",)), "--cache-tau": ("500", ("faster",)),
+         "--cache-official-order": (None, ("faster",)), "--cache-units": ("mid", ("inherit",))}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("cache", [None, "deepcache", "faster", "inherit"])
+def test_a_flag_of_another_cache_is_refused_even_with_its_default_value(flag, cache):
+    value, owners = FLAGS[flag]
+    needed = {"--cache-power": ["--cache-center", "9"], "--cache-schedule": ["--cache-center", "9"],
+              "--cache-max-batch": ["--cache-parallel"], "--cache-official-order": ["--cache-parallel"]}.get(flag, [])
+    units = ["--cache-units", "mid"] if cache == "inherit" and flag != "--cache-units" else []
+    arguments = ["a circle", *(["--cache", cache] if cache else []), flag, *([value] if value else []), *units]
+    if cache in owners:
+        assert parse_arguments([*arguments, *needed]).cache == cache
+        if needed:
+            with pytest.raises(InputError, match=f"{flag} does nothing without {needed[0]}"):
+                parse_arguments(arguments)
+    else:
+        with pytest.raises(InputError, match=f"{flag} belongs to --cache {' or '.join(owners)}"):
+            parse_arguments(arguments)
+
+
+@pytest.mark.parametrize("flag,value", [("--tgate-text", "reuse"), ("--tgate-guidance", "drop")])
+def test_a_flag_of_tgate_is_refused_without_it(flag, value):
+    assert parse_arguments(["a circle", "--tgate", "5", flag, value]).tgate == 5
+    with pytest.raises(InputError, match=f"{flag} does nothing without --tgate"):
+        parse_arguments(["a circle", flag, value])
