@@ -113,7 +113,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mask-reward", metavar="clip|FOLDER[,...]",
                        help="search for masks at every step, by the CLIP in the model's folder clip, or by what "
                             "convert_weights.py --reward wrote; as published: IMAGEREWARD_FOLDER,HPS_FOLDER")
-    group.add_argument("--mask-iterations", type=int, default=15, metavar="N", help="reward: updates at every step")
+    group.add_argument("--mask-iterations", type=int, metavar="N",
+                       help="reward: updates at every step (default: 15, or as released)")
     group.add_argument("--mask-schedule", default="paper", help="reward: paper, N at every step; or released")
     group.add_argument("--mask-keep", default="last", help="reward: last, the mask after N updates; or best, of all")
     group.add_argument("--mask-checkpoint", action="store_true", help="reward: less memory, a third more time")
@@ -139,6 +140,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
                             freescale_blur="official", freescale=None if args.resolutions else 4)
         args = parser.parse_args(argv)
+    refuse_idle_flags(parser, args)
     return check_arguments(args)
 
 
@@ -179,14 +181,37 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.grid and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--grid needs all pictures in one process: run again without torchrun, finished ones are kept")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.empty(0, device=args.device).device.type
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device} can't be used here ({str(error).splitlines()[0]})") from None
-    if kind not in ("cpu", "cuda", "mps", "xpu"):
-        raise InputError(f"--device {args.device} can't hold a picture; use cpu, cuda, mps or xpu")
+    kind = check_device(args.device).type
     args.dtype = DTYPES[args.dtype or ("float32" if kind == "cpu" else "float16")]
     return args
+
+
+def check_device(name: str) -> torch.device:
+    """The device of --device; InputError where it isn't there or can't compute."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {name} can't hold a picture; use cpu, cuda, mps or xpu")
+    return device
+
+
+# Flags of FreeScale and of masks that do nothing without another one: that one, whether it is given, and theirs
+IDLE = (("--freescale or --resolutions", lambda args: args.freescale is not None or args.resolutions is not None,
+         ("detail", "freescale_fast", "freescale_blur", "freescale_upsample", "freescale_restart", "freescale_dilate")),
+        ("--masks or --mask-random", lambda args: args.masks is not None or args.mask_random is not None,
+         ("mask_mode", "mask_fixed", "mask_shared")),
+        ("--mask-random", lambda args: args.mask_random is not None, ("mask_window",)),
+        ("--mask-reward", lambda args: args.mask_reward is not None,
+         ("mask_iterations", "mask_schedule", "mask_keep", "mask_checkpoint")))
+
+
+def refuse_idle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for needed, given, names in IDLE:
+        for name in names:
+            if not given(args) and getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name.replace('_', '-')} does nothing without {needed}")
 
 
 def read_freeu(args: argparse.Namespace, family: str) -> FreeU | None:
@@ -293,7 +318,8 @@ def read_mask_search(args: argparse.Namespace, device: str) -> Callable[[VAE, li
         return None
     reward = add_rewards([load_reward(args.model / "clip" if name == "clip" else name, device)
                           for name in args.mask_reward.split(",")])
-    return lambda vae, prompts: MaskSearch(score_latents(vae, reward, prompts), **settings)
+    return lambda vae, prompts: MaskSearch(
+        score_latents(vae, reward, prompts, lambda latents: tile_side(args.vae_tile, latents)), **settings)
 
 
 def read_resolutions(args: argparse.Namespace) -> None:
@@ -387,18 +413,23 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.n)]
 
 
-def read_image(args: argparse.Namespace) -> Tensor:
-    """--init-image as (1, 3, H, W) in [0, 1], at --width and --height or its own size, rounded to multiples of 8."""
+def open_picture(path: Path) -> Image.Image:
+    """A picture as it looks: upright, in RGB, over white where it is transparent. InputError where it can't be read."""
     try:
-        with Image.open(args.init_image) as file:
+        with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I"):                           # 16 bits of gray, which Pillow would clip
                 picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-            picture = picture.convert("RGB")
+            return picture.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"can't read the picture {args.init_image} ({error})") from None
+        raise InputError(f"can't read the picture {path} ({error})") from None
+
+
+def read_image(args: argparse.Namespace) -> Tensor:
+    """--init-image as (1, 3, H, W) in [0, 1], at --width and --height or its own size, rounded to multiples of 8."""
+    picture = open_picture(args.init_image)
     width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((args.width, args.height), picture.size))
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
@@ -406,11 +437,18 @@ def read_image(args: argparse.Namespace) -> Tensor:
 
 def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, freeu: FreeU | None,
                  images: int, device: torch.device) -> None:
-    """InputError for a last stage that the device's free memory can't hold, with the flags that help."""
+    """InputError for a last stage that the device's free memory can't hold, with the flags that help.
+
+    Only what is sure not to fit is refused. The plan has no margin for what a device's libraries take for themselves,
+    and leaves out masks, what a search keeps for its gradients, and the features that caches and T-GATE reuse. (The
+    models that reward a search are on the device already: they count as taken.)
+    """
     free = free_memory(device)
     if free is None:
         return
     freescale = replace(freescale, native=config.size // config.vae.factor)
+    if math.prod(freescale.resolutions[-1]) > 2 ** 20:
+        print("planning the memory of the last stage: some seconds", file=sys.stderr)
     last = plan_stages(config, freescale, images, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
                        lambda latents: tile_side(args.vae_tile, latents), stages=[len(freescale.resolutions) - 1])[0]
     if last.memory > free:
@@ -488,8 +526,9 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
     if args.scale_long is not None:
         pairs["ScaleLong"] = args.scale_long
     if args.mask_reward is not None:
-        pairs["Mask search"] = (f"{args.mask_reward} iterations {args.mask_iterations} {args.mask_schedule} "
-                                f"{args.mask_keep}")
+        count = 15 if args.mask_iterations is None and args.mask_schedule == "paper" else args.mask_iterations
+        count = "" if count is None else f"iterations {count} "
+        pairs["Mask search"] = f"{args.mask_reward} {count}{args.mask_schedule} {args.mask_keep}"
     if args.masks is not None or args.mask_random is not None:
         chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
         what = f"random {args.mask_random:g}" if args.masks is None else args.masks.name

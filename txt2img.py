@@ -356,10 +356,10 @@ def main() -> None:
     todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
+        search = read_mask_search(args, device)                        # its rewards take memory that a stage can't
         if freescale is not None:
             check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
                          torch.device(device))
-        search = read_mask_search(args, device)
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile)
         settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings, init_image is not None)

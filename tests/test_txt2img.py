@@ -583,6 +583,21 @@ def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, c
     assert code == 2 and words in stderr and "Traceback" not in stderr and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags,needed", [
+    (["--freescale-upsample", "nonsense"], "--freescale or --resolutions"),
+    (["--freescale-restart", 7], "--freescale or --resolutions"),
+    (["--detail", "much"], "--freescale or --resolutions"),
+    (["--freescale-fast"], "--freescale or --resolutions"), (["--mask-mode", "threshold"], "--masks or --mask-random"),
+    (["--mask-fixed", "--mask-reward", "clip"], "--masks or --mask-random"),
+    (["--mask-shared"], "--masks or --mask-random"), (["--mask-window", "--mask-reward", "clip"], "--mask-random"),
+    (["--mask-window", "--masks", "m.safetensors"], "--mask-random"), (["--mask-iterations", 0], "--mask-reward"),
+    (["--mask-keep", "best", "--mask-random", 0.1], "--mask-reward"), (["--mask-checkpoint"], "--mask-reward"),
+    (["--mask-schedule", "released"], "--mask-reward")])
+def test_flags_of_freescale_and_masks_that_would_do_nothing_are_refused(flags, needed, narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
+    assert code == 2 and stderr == f"error: {flags[0]} does nothing without {needed}\n" and not list(tmp_path.iterdir())
+
+
 def test_flags_that_need_another_one_say_so(narrow, tmp_path, command):
     for flags, words in ((["--compare"], "add --cache or --tgate"),
                          (["--cache-units", "mid"], "belongs to --cache inherit")):
