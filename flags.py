@@ -23,6 +23,7 @@ from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes, run_macs
 from folder import TINY, InputError, ModelConfig, check_size
 from freescale import FreeScale
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
+from highres_baselines import Model, demo_fusion, hidiffusion, scale_crafter
 from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks, score_latents
 from memory import free_memory, plan_stages
 from reward import add_rewards, load_reward
@@ -135,6 +136,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="of the steps that later stages skip")
     group.add_argument("--freescale-dilate", type=float, default=0.7, metavar="PART",
                        help="of the steps up to which deep convolutions are dilated")
+    group.add_argument("--baseline", choices=["scalecrafter", "hidiffusion", "demofusion"],
+                       help="another way to -W, -H beyond the model's size, to compare with (highres_baselines.py)")
     args = parser.parse_args(argv)
     if args.freescale_official:                                        # as defaults: flags that are given still count
         parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
@@ -153,6 +156,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.mask_reward is not None and args.cache == "faster" and args.cache_parallel:
         raise InputError("a search for masks needs every step's latents: leave out --cache-parallel")
     read_resolutions(args)
+    check_baseline(args)
     if args.strength is not None and args.stages is not None:
         raise InputError("--strength is for a picture of the same size; FreeScale's stages take --freescale-restart")
     args.strength = 0.8 if args.strength is None else args.strength
@@ -372,6 +376,33 @@ def read_freescale(args: argparse.Namespace, height: int, width: int) -> FreeSca
         raise InputError(str(error)) from None
 
 
+def check_baseline(args: argparse.Namespace) -> None:
+    """InputError for what `highres_baselines.py` doesn't compose with, or would draw otherwise."""
+    for name in ("freescale", "resolutions", "cache", "tgate", "masks", "mask_random", "mask_reward", "init_image",
+                 "low_memory", "compile"):
+        if args.baseline is not None and getattr(args, name) not in (None, False):
+            raise InputError(f"--baseline {args.baseline} can't be combined with --{name.replace('_', '-')}")
+    if args.baseline is not None and args.batch_size != 1:
+        raise InputError(f"--baseline {args.baseline} draws one picture at a time: leave out --batch-size")
+
+
+def read_baseline(args: argparse.Namespace, sd: "StableDiffusion", seed: int) -> Model | None:
+    """The function in the U-Net's place that --baseline asks for, for the picture of this seed."""
+    native, generator = sd.config.size // sd.config.vae.factor, torch.Generator().manual_seed(seed)
+    if args.baseline == "scalecrafter":
+        return scale_crafter(sd.unet, native, guided=args.cfg_scale != 1)
+    if args.baseline == "hidiffusion":
+        return hidiffusion(sd.unet, native, generator)
+    return demo_fusion(sd.unet, native, generator) if args.baseline == "demofusion" else None
+
+
+def demo_fusion_stages(height: int, width: int, native: int) -> FreeScale:
+    """DemoFusion's cascade from the model's own size, in pixels, to this one: once, twice, three times as large, ..."""
+    r = math.ceil(max(height, width) / native)
+    stages = [tuple(max(round(side * k / r / 8), 1) * 8 for side in (height, width)) for k in range(1, r + 1)]
+    return FreeScale(tuple(stages), upsample="latent", restart=0.0, detail=3.0, attention="global", dilate=0.0)
+
+
 def read_mask(path: Path) -> Tensor:
     """A gray picture as (H, W), true where it isn't black."""
     try:
@@ -391,6 +422,11 @@ def sample_settings(args: argparse.Namespace, config: ModelConfig,
     """
     height, width = size or (config.size if side is None else side for side in (args.height, args.width))
     freescale = read_freescale(args, height, width)
+    if args.baseline is not None and max(height, width) <= config.size:
+        raise InputError(f"--baseline {args.baseline} is for pictures larger than the model's own {config.size} "
+                         "pixels: give --width and --height")
+    if args.baseline == "demofusion":
+        freescale = demo_fusion_stages(height, width, config.size)
     if freescale is not None:
         height, width = freescale.resolutions[-1]
     return {"negative_prompt": args.negative_prompt, "steps": args.steps, "sampler": args.sampler,
@@ -498,7 +534,7 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
              "CFG scale": f"{args.cfg_scale:g}", "Seed": seed, "Size": f"{width}x{height}", "Model": args.model.name}
     for name, value, default in (("Spacing", args.spacing, None), ("Eta", args.eta, 0.0),
                                  ("Precision", str(args.dtype).removeprefix("torch."), "float32"),
-                                 ("Init image", args.init_image, None)):
+                                 ("Init image", args.init_image, None), ("Baseline", args.baseline, None)):
         if value != default:
             pairs[name] = value
     if args.init_image and args.stages is None:

@@ -21,8 +21,9 @@ from torch import nn
 
 import maskunet
 import txt2img
-from cache import DeepCache, FasterDiffusion
+from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from folder import TINY, InputError, run_command
+from freescale import FreeScale
 from freeu import FreeU, skip_tuning
 from maskunet import (
     LAYERS,
@@ -897,6 +898,33 @@ def test_a_search_composes_with_freeu_and_caches_and_refuses_the_parallel_one():
         assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
     with pytest.raises(ValueError, match="without its parallel mode"):
         trajectory(search, cache=FasterDiffusion("paper", parallel=True))
+
+
+LARGER = FreeScale(((64, 64), (96, 128)), native=8, restart=0.5)
+COMPANIONS = {"nothing": {}, "FreeScale": dict(freescale=LARGER), "T-GATE": dict(tgate=TGate(2)),
+              "all with DeepCache": dict(freescale=LARGER, tgate=TGate(3), cache=DeepCache(2, 4),
+                                         freeu=FreeU(1.3, 1.4, 0.9, 0.2)),
+              "Inherit": dict(cache=Inherit("mid,u0-u2", 2))}
+
+
+@pytest.mark.parametrize("companions", COMPANIONS)
+@pytest.mark.parametrize("kind", ["learned", "windows", "search"])
+def test_every_kind_of_masks_composes_with_everything_in_one_batch_and_in_two_passes(kind, companions):
+    unet, more = UNETS[NARROW], COMPANIONS[companions]
+    size = (12, 16) if "freescale" in more else (8, 8)
+    masks = {"learned": lambda: Masks(random_dynamic(unet)), "windows": lambda: Masks(RandomMasks(0.3, window=True)),
+             "search": lambda: MaskSearch(nearness, 1)}[kind]()
+
+    def draw(masks, seeds: tuple[int, ...] = (0, 1), **rest) -> torch.Tensor:
+        noise = torch.cat([randn(1, 4, *size, seed=seed) for seed in seeds])
+        context = torch.cat([randn(1, 5, 8, seed=seed + 10) for seed in seeds])
+        *_, (_, x) = generate(unet, noise, context, 0 * context, steps=4, cfg_scale=3, generators=seeded(*seeds),
+                              init=0.5 * noise if "freescale" in more else None, masks=masks, **more, **rest)
+        return x
+    whole, halves, plain = draw(masks), draw(masks, low_memory=True), draw(None)
+    assert whole.isfinite().all() and not torch.allclose(whole, plain, atol=1e-3)
+    assert torch.allclose(draw(masks, seeds=(0,))[0], whole[0], atol=1e-3)                # whoever is drawn beside it
+    assert torch.allclose(halves, whole, atol=1e-3)
 
 
 def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):

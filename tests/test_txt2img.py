@@ -15,12 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import flags as flags_file
 import folder
 import txt2img
+from cache import DeepCache, TGate
 from clip_text import TextConfig, TextEncoder
 from flags import read_image
 from folder import InputError, ModelConfig, run_command, write_config
 from freescale import FreeScale
+from maskunet import Masks, RandomMasks
 from sampler import NoiseSchedule
 from txt2img import StableDiffusion
 from unet import UNet, UNetConfig
@@ -350,6 +353,58 @@ def test_bad_freescale_flags_end_in_one_clear_line(flags, words, narrow, tmp_pat
     code, _, stderr = command("a circle", "--model", narrow, *flags)
     assert code == 2 and words in stderr and stderr.count("\n") == 1 and stderr.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+@pytest.mark.parametrize("baseline", ["scalecrafter", "hidiffusion", "demofusion"])
+def test_a_baseline_draws_a_larger_picture_from_a_seed_and_says_so_in_it(baseline, narrow, tmp_path, command,
+                                                                         monkeypatch):
+    calls = []
+    kind = {"scalecrafter": "scale_crafter", "demofusion": "demo_fusion"}.get(baseline, baseline)
+    real = getattr(flags_file, kind)
+    monkeypatch.setattr(flags_file, kind, lambda *a, **k: calls.append(k) or real(*a, **k))
+    arguments = ("a circle", "--model", narrow, "--steps", 2, "--seed", 3, "-W", 72, "-H", 48, "--freeu")
+    made = []
+    for name, more in (("plain", []), ("one", ["--baseline", baseline]), ("two", ["--baseline", baseline])):
+        code, _, stderr = command(*arguments, *more, "--out", tmp_path / f"{name}.png")
+        assert code == 0, stderr
+        made.append(pixels(tmp_path / f"{name}.png"))
+    assert len(calls) == 2 and made[1].shape == (48, 72, 3)
+    assert np.array_equal(made[1], made[2]) and not np.array_equal(made[0], made[1])
+    assert f"Baseline: {baseline}" in Image.open(tmp_path / "one.png").text["parameters"]
+    assert "Baseline" not in Image.open(tmp_path / "plain.png").text["parameters"]
+
+
+def test_demo_fusion_goes_up_by_the_models_own_size():
+    for size, want in (((768, 1536), ((256, 512), (512, 1024), (768, 1536))), ((768, 768), ((384, 384), (768, 768)))):
+        assert flags_file.demo_fusion_stages(*size, 512).resolutions == want
+
+
+def test_scale_crafter_without_guidance_beyond_three_times_draws_its_strong_pass(narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--steps", 2, "-W", 128, "-H", 32, "--cfg-scale", 1,
+                              "--baseline", "scalecrafter", "--out", tmp_path / "p.png")
+    assert code == 0 and pixels(tmp_path / "p.png").shape == (32, 128, 3), stderr
+
+
+@pytest.mark.parametrize("more,words", [
+    (["-W", 32], "larger than the model's own 32 pixels: give --width and --height"),
+    (["--freescale", 2], "combined with --freescale"), (["--resolutions", "64x64"], "combined with --resolutions"),
+    (["--cache", "deepcache"], "combined with --cache"), (["--tgate", 5], "combined with --tgate"),
+    (["--mask-random", 0.1], "combined with --mask-random"), (["--init-image", "x.png"], "combined with --init-image"),
+    (["--low-memory"], "combined with --low-memory"), (["--compile"], "combined with --compile"),
+    (["--batch-size", 2], "leave out --batch-size"), (["--mask-reward", "clip"], "combined with --mask-reward")])
+def test_what_a_baseline_can_not_be_combined_with_is_named(more, words, narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--baseline", "hidiffusion", "--out", tmp_path / "p.png",
+                              *more)
+    assert code == 2 and words in stderr and stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_model_in_the_unets_place_takes_no_caches_and_masks(narrow):
+    sd = StableDiffusion.load(narrow)
+    for technique in (dict(cache=DeepCache(2)), dict(tgate=TGate(1)), dict(masks=Masks(RandomMasks(0.1)))):
+        with pytest.raises(InputError, match="need the U-Net itself"):
+            sd.sample("a circle", steps=2, model=lambda x, *_: x, **technique)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
