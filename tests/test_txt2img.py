@@ -332,6 +332,16 @@ def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, h
     assert "the stage 128x128 needs about" in stderr and list(tmp_path.iterdir()) == []
 
 
+def test_planning_a_large_stage_takes_seconds_and_says_so(narrow, monkeypatch, capsys):
+    monkeypatch.setattr(flags_file, "free_memory", lambda device: 1)
+    monkeypatch.setattr(flags_file, "plan_stages", lambda *_, **__: [argparse.Namespace(memory=0)])
+    for side, said in ((1024, ""), (1032, "planning the memory of the last stage: some seconds\n")):
+        args = flags_file.parse_arguments(["a circle", "--model", str(narrow), "--resolutions", f"32x32,{side}x{side}"])
+        free = FreeScale(args.stages)
+        flags_file.check_memory(args, folder.read_config(narrow), free, None, 1, torch.device("cpu"))
+        assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("flags,words", [
     (["--resolutions", "32x32,64x60"], "height 60 is not a multiple of 8; the nearest are 56 and 64"),
     (["--resolutions", "64x64,32x64"], "must not fall, but 64x64 is followed by 32x64"),

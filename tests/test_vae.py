@@ -176,7 +176,8 @@ def test_memory_of_tiled_coding_beside_the_result_does_not_grow_with_the_image()
         return out
     small, square, large = (peaks(h, w, 16) for h, w in ((16, 48), (48, 48), (48, 96)))
     for i in (0, 1):
-        assert max(small[i], square[i], large[i]) < 1.05 * min(small[i], square[i], large[i])
+        # beside a tile only the thumbnail, whose shape is the image's and whose long side is a tile's
+        assert max(small[i], square[i], large[i]) < 1.15 * min(small[i], square[i], large[i])
         assert peaks(48, 96, None)[i] > 5 * large[i]
 
 
