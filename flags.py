@@ -201,11 +201,12 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-# Flags of FreeScale and of masks that do nothing without another one: that one, whether it is given, and theirs
+# Flags of FreeScale and of masks that do nothing without another one: that one, whether it is given, and they
 IDLE = (("--freescale or --resolutions", lambda args: args.freescale is not None or args.resolutions is not None,
          ("detail", "freescale_fast", "freescale_blur", "freescale_upsample", "freescale_restart", "freescale_dilate")),
         ("--masks or --mask-random", lambda args: args.masks is not None or args.mask_random is not None,
-         ("mask_mode", "mask_fixed", "mask_shared")),
+         ("mask_mode", "mask_fixed")),
+        ("--masks", lambda args: args.masks is not None, ("mask_shared",)),              # random ones are shared anyway
         ("--mask-random", lambda args: args.mask_random is not None, ("mask_window",)),
         ("--mask-reward", lambda args: args.mask_reward is not None,
          ("mask_iterations", "mask_schedule", "mask_keep", "mask_checkpoint")))

@@ -1,5 +1,7 @@
 """What FreeScale is compared with: ScaleCrafter, HiDiffusion and DemoFusion, each as a function in the U-Net's place.
 
+    python txt2img.py "a red star" --baseline hidiffusion -W 128 -H 128
+
 `scale_crafter`, `hidiffusion` and `demo_fusion` make functions (x, t, context, added) -> prediction that
 `sampler.generate` and the `model` argument of `StableDiffusion.sample` take instead of the U-Net. (The fourth
 baseline, direct inference, is sampling at a large size and needs no code.) The first two change what the U-Net does:

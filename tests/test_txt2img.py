@@ -654,7 +654,7 @@ def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, c
     (["--detail", "much"], "--freescale or --resolutions"),
     (["--freescale-fast"], "--freescale or --resolutions"), (["--mask-mode", "threshold"], "--masks or --mask-random"),
     (["--mask-fixed", "--mask-reward", "clip"], "--masks or --mask-random"),
-    (["--mask-shared"], "--masks or --mask-random"), (["--mask-window", "--mask-reward", "clip"], "--mask-random"),
+    (["--mask-shared", "--mask-random", 0.1], "--masks"), (["--mask-window", "--mask-reward", "clip"], "--mask-random"),
     (["--mask-window", "--masks", "m.safetensors"], "--mask-random"), (["--mask-iterations", 0], "--mask-reward"),
     (["--mask-keep", "best", "--mask-random", 0.1], "--mask-reward"), (["--mask-checkpoint"], "--mask-reward"),
     (["--mask-schedule", "released"], "--mask-reward")])
