@@ -533,7 +533,7 @@ def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
     """Masks for this very U-Net, frozen. InputError where the file is no such file, or was made for another model."""
     from folder import InputError, check_names, open_safetensors
     another = f"{path} was trained for another model"
-    remedy = "train masks for this one: python maskunet.py train"
+    remedy = "train masks for this U-Net: python maskunet.py train"
     with open_safetensors(path, "train the masks again") as file:
         try:
             facts = json.loads((file.metadata() or {})["maskunet"])

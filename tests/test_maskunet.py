@@ -533,7 +533,7 @@ def test_masks_fit_their_model_in_every_dtype_and_no_other_of_its_shape(tmp_path
         transformer_blocks[0].attn1.to_q.weight.any()
     next(iter(masked_layers(whole).values())).weight.data[0, 0] *= -1
     with pytest.raises(InputError, match=f"another model of the same shape: .* {maskunet.fingerprint(unet)}, .* "
-                                         f"{maskunet.fingerprint(whole)}; train masks for it"):
+                                         f"{maskunet.fingerprint(whole)}; train masks for this U-Net"):
         load_masks(path, whole)
 
 
