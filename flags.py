@@ -23,6 +23,7 @@ from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
 from folder import TINY, InputError, ModelConfig, check_size
 from freescale import FreeScale
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
+from highres_baselines import Model, demo_fusion, hidiffusion, scale_crafter
 from maskunet import MODES, Masks, MaskSearch, RandomMasks, load_masks, score_latents
 from reward import add_rewards, load_reward
 from sampler import SAMPLERS, plan
@@ -84,7 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("caches (cache.py)")
     group.add_argument("--cache", choices=["deepcache", "faster", "inherit"],
                        help="run only a part of the U-Net at most steps")
-    # None where nothing is given, so that a flag of another technique can be refused: see FLAGS_OF and BELONGS
+    # None where nothing is given, so that a flag of another technique can be refused: see FLAGS_OF
     group.add_argument("--cache-interval", type=int, metavar="N",
                        help="deepcache, inherit: every N-th step in full (default: 3)")
     group.add_argument("--cache-branch", type=int, metavar="B",
@@ -125,7 +126,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--mask-reward", metavar="clip|FOLDER[,...]",
                        help="search for masks at every step, by the CLIP in the model's folder clip, or by what "
                             "convert_weights.py --reward wrote; as published: IMAGEREWARD_FOLDER,HPS_FOLDER")
-    group.add_argument("--mask-iterations", type=int, default=15, metavar="N", help="reward: updates at every step")
+    group.add_argument("--mask-iterations", type=int, metavar="N",
+                       help="reward: updates at every step (default: 15, or as released)")
     group.add_argument("--mask-schedule", default="paper", help="reward: paper, N at every step; or released")
     group.add_argument("--mask-keep", default="last", help="reward: last, the mask after N updates; or best, of all")
     group.add_argument("--mask-checkpoint", action="store_true", help="reward: less memory, a third more time")
@@ -146,17 +148,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="of the steps that later stages skip")
     group.add_argument("--freescale-dilate", type=float, default=0.7, metavar="PART",
                        help="of the steps up to which deep convolutions are dilated")
+    group.add_argument("--baseline", choices=["scalecrafter", "hidiffusion", "demofusion"],
+                       help="another way to -W, -H beyond the model's size, to compare with (highres_baselines.py)")
     args = parser.parse_args(argv)
     if args.freescale_official:                                        # as defaults: flags that are given still count
         parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
                             freescale_blur="official", freescale=None if args.resolutions else 4)
         args = parser.parse_args(argv)
+    check_belongings(args)
+    refuse_idle_flags(parser, args)
     return check_arguments(args)
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
-    check_belongings(args)
     read_freeu(args, "tiny")
     if read_cache(args) is None and read_tgate(args) is None and args.compare:
         raise InputError("--compare needs something to compare: add --cache or --tgate")
@@ -164,6 +169,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.mask_reward is not None and args.cache == "faster" and args.cache_parallel:
         raise InputError("a search for masks needs every step's latents: leave out --cache-parallel")
     read_resolutions(args)
+    check_baseline(args)
     if args.strength is not None and args.stages is not None:
         raise InputError("--strength is for a picture of the same size; FreeScale's stages take --freescale-restart")
     args.strength = 0.8 if args.strength is None else args.strength
@@ -192,14 +198,42 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.grid and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--grid needs all pictures in one process: run again without torchrun, finished ones are kept")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.empty(0, device=args.device).device.type
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device} can't be used here ({str(error).splitlines()[0]})") from None
-    if kind not in ("cpu", "cuda", "mps", "xpu"):
-        raise InputError(f"--device {args.device} can't hold a picture; use cpu, cuda, mps or xpu")
+    kind = check_device(args.device).type
     args.dtype = DTYPES[args.dtype or ("float32" if kind == "cpu" else "float16")]
     return args
+
+
+def check_device(name: str) -> torch.device:
+    """The device of --device; InputError where it isn't there or can't compute."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {name} can't hold a picture; use cpu, cuda, mps or xpu")
+    return device
+
+
+# Flags that do nothing without another one: that one, whether it is given, and they
+IDLE = (("--freescale or --resolutions", lambda args: args.freescale is not None or args.resolutions is not None,
+         ("detail", "freescale_fast", "freescale_blur", "freescale_upsample", "freescale_restart", "freescale_dilate")),
+        ("--masks or --mask-random", lambda args: args.masks is not None or args.mask_random is not None,
+         ("mask_mode", "mask_fixed")),
+        ("--masks", lambda args: args.masks is not None, ("mask_shared",)),              # random ones are shared anyway
+        ("--mask-random", lambda args: args.mask_random is not None, ("mask_window",)),
+        ("--mask-reward", lambda args: args.mask_reward is not None,
+         ("mask_iterations", "mask_schedule", "mask_keep", "mask_checkpoint")),
+        ("--tgate", lambda args: args.tgate is not None, ("tgate_text", "tgate_guidance")),
+        ("--cache-center", lambda args: args.cache_center is not None, ("cache_power", "cache_schedule")),
+        ("--cache-parallel", lambda args: args.cache_parallel, ("cache_max_batch", "cache_official_order")))
+
+
+def refuse_idle_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """InputError for a flag without the one that it belongs to."""
+    for needed, there, names in IDLE:
+        for name in names:
+            if not there(args) and getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name.replace('_', '-')} does nothing without {needed}")
 
 
 # Which flags each cache has, and the names of its settings that they give
@@ -210,9 +244,6 @@ FLAGS_OF = {
                "cache_noise": "alpha", "cache_tau": "tau", "cache_official_order": "official_order"},
     "inherit": {"cache_units": "units", "cache_keys": "keys", "cache_interval": "keys"},
 }
-# Flags that do nothing without another one
-BELONGS = {"cache_power": "cache_center", "cache_schedule": "cache_center", "cache_max_batch": "cache_parallel",
-           "cache_official_order": "cache_parallel", "tgate_text": "tgate", "tgate_guidance": "tgate"}
 
 
 def given(args: argparse.Namespace, name: str) -> bool:
@@ -221,16 +252,13 @@ def given(args: argparse.Namespace, name: str) -> bool:
 
 
 def check_belongings(args: argparse.Namespace) -> None:
-    """InputError for a flag of another cache or T-GATE than the one asked for: it would do nothing."""
+    """InputError for a flag of another cache than the one asked for, where it would do nothing."""
     def flag(name: str) -> str:
         return "--" + name.replace("_", "-")
     for name in dict.fromkeys(name for names in FLAGS_OF.values() for name in names):
         owners = [cache for cache, names in FLAGS_OF.items() if name in names]
         if given(args, name) and args.cache not in owners:
             raise InputError(f"{flag(name)} belongs to --cache {' or '.join(owners)}")
-    for name, needed in BELONGS.items():
-        if given(args, name) and not given(args, needed):
-            raise InputError(f"{flag(name)} does nothing without {flag(needed)}: give both, or neither")
     if args.cache == "inherit" and given(args, "cache_keys") and given(args, "cache_interval"):
         raise InputError("--cache-keys and --cache-interval both say which steps run in full; give one of them")
     if args.cache == "inherit" and args.cache_units is None:
@@ -336,7 +364,8 @@ def read_mask_search(args: argparse.Namespace, device: str) -> Callable[[VAE, li
         return None
     reward = add_rewards([load_reward(args.model / "clip" if name == "clip" else name, device)
                           for name in args.mask_reward.split(",")])
-    return lambda vae, prompts: MaskSearch(score_latents(vae, reward, prompts), **settings)
+    return lambda vae, prompts: MaskSearch(
+        score_latents(vae, reward, prompts, lambda latents: tile_side(args.vae_tile, latents)), **settings)
 
 
 def read_resolutions(args: argparse.Namespace) -> None:
@@ -389,6 +418,33 @@ def read_freescale(args: argparse.Namespace, height: int, width: int) -> FreeSca
         raise InputError(str(error)) from None
 
 
+def check_baseline(args: argparse.Namespace) -> None:
+    """InputError for what `highres_baselines.py` doesn't compose with, or would draw otherwise."""
+    for name in ("freescale", "resolutions", "cache", "tgate", "masks", "mask_random", "mask_reward", "init_image",
+                 "low_memory", "compile"):
+        if args.baseline is not None and getattr(args, name) not in (None, False):
+            raise InputError(f"--baseline {args.baseline} can't be combined with --{name.replace('_', '-')}")
+    if args.baseline is not None and args.batch_size != 1:
+        raise InputError(f"--baseline {args.baseline} draws one picture at a time: leave out --batch-size")
+
+
+def read_baseline(args: argparse.Namespace, sd: "StableDiffusion", seed: int) -> Model | None:
+    """The function in the U-Net's place that --baseline asks for, for the picture of this seed."""
+    native, generator = sd.config.size // sd.config.vae.factor, torch.Generator().manual_seed(seed)
+    if args.baseline == "scalecrafter":
+        return scale_crafter(sd.unet, native, guided=args.cfg_scale != 1)
+    if args.baseline == "hidiffusion":
+        return hidiffusion(sd.unet, native, generator)
+    return demo_fusion(sd.unet, native, generator) if args.baseline == "demofusion" else None
+
+
+def demo_fusion_stages(height: int, width: int, native: int) -> FreeScale:
+    """DemoFusion's cascade from the model's own size, in pixels, to this one: once, twice, three times as large, ..."""
+    r = math.ceil(max(height, width) / native)
+    stages = [tuple(max(round(side * k / r / 8), 1) * 8 for side in (height, width)) for k in range(1, r + 1)]
+    return FreeScale(tuple(stages), upsample="latent", restart=0.0, detail=3.0, attention="global", dilate=0.0)
+
+
 def read_mask(path: Path) -> Tensor:
     """A gray picture as (H, W), true where it isn't black."""
     try:
@@ -408,6 +464,11 @@ def sample_settings(args: argparse.Namespace, config: ModelConfig,
     """
     height, width = size or (config.size if side is None else side for side in (args.height, args.width))
     freescale = read_freescale(args, height, width)
+    if args.baseline is not None and max(height, width) <= config.size:
+        raise InputError(f"--baseline {args.baseline} is for pictures larger than the model's own {config.size} "
+                         "pixels: give --width and --height")
+    if args.baseline == "demofusion":
+        freescale = demo_fusion_stages(height, width, config.size)
     if freescale is not None:
         height, width = freescale.resolutions[-1]
     return {"negative_prompt": args.negative_prompt, "steps": args.steps, "sampler": args.sampler,
@@ -430,18 +491,23 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(args.n)]
 
 
-def read_image(args: argparse.Namespace) -> Tensor:
-    """--init-image as (1, 3, H, W) in [0, 1], at --width and --height or its own size, rounded to multiples of 8."""
+def open_picture(path: Path) -> Image.Image:
+    """A picture as it looks: upright, in RGB, over white where it is transparent. InputError where it can't be read."""
     try:
-        with Image.open(args.init_image) as file:
+        with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I"):                           # 16 bits of gray, which Pillow would clip
                 picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-            picture = picture.convert("RGB")
+            return picture.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"can't read the picture {args.init_image} ({error})") from None
+        raise InputError(f"can't read the picture {path} ({error})") from None
+
+
+def read_image(args: argparse.Namespace) -> Tensor:
+    """--init-image as (1, 3, H, W) in [0, 1], at --width and --height or its own size, rounded to multiples of 8."""
+    picture = open_picture(args.init_image)
     width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((args.width, args.height), picture.size))
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
@@ -449,13 +515,20 @@ def read_image(args: argparse.Namespace) -> Tensor:
 
 def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, freeu: FreeU | None,
                  images: int, device: torch.device) -> None:
-    """InputError for a last stage that the device's free memory can't hold, with the flags that help."""
+    """InputError for a last stage that the device's free memory can't hold, with the flags that help.
+
+    Only what is sure not to fit is refused. The plan has no margin for what a device's libraries take for themselves,
+    and leaves out masks, what a search keeps for its gradients, and the features that caches and T-GATE reuse. (The
+    models that reward a search are on the device already: they count as taken.)
+    """
     from memory import free_memory, plan_stages  # it reaches into PyTorch's dispatcher: not where nobody needs it
 
     free = free_memory(device)
     if free is None:
         return
     freescale = replace(freescale, native=config.size // config.vae.factor)
+    if math.prod(freescale.resolutions[-1]) > 2 ** 20:
+        print("planning the memory of the last stage: some seconds", file=sys.stderr)
     last = plan_stages(config, freescale, images, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
                        lambda latents: tile_side(args.vae_tile, latents), stages=[len(freescale.resolutions) - 1])[0]
     if last.memory > free:
@@ -507,7 +580,7 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
              "CFG scale": f"{args.cfg_scale:g}", "Seed": seed, "Size": f"{width}x{height}", "Model": args.model.name}
     for name, value, default in (("Spacing", args.spacing, None), ("Eta", args.eta, 0.0),
                                  ("Precision", str(args.dtype).removeprefix("torch."), "float32"),
-                                 ("Init image", args.init_image, None)):
+                                 ("Init image", args.init_image, None), ("Baseline", args.baseline, None)):
         if value != default:
             pairs[name] = value
     if args.init_image and args.stages is None:
@@ -540,8 +613,9 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
     if args.scale_long is not None:
         pairs["ScaleLong"] = args.scale_long
     if args.mask_reward is not None:
-        pairs["Mask search"] = (f"{args.mask_reward} iterations {args.mask_iterations} {args.mask_schedule} "
-                                f"{args.mask_keep}")
+        count = 15 if args.mask_iterations is None and args.mask_schedule == "paper" else args.mask_iterations
+        count = "" if count is None else f"iterations {count} "
+        pairs["Mask search"] = f"{args.mask_reward} {count}{args.mask_schedule} {args.mask_keep}"
     if args.masks is not None or args.mask_random is not None:
         chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
         what = f"random {args.mask_random:g}" if args.masks is None else args.masks.name

@@ -1,5 +1,7 @@
 """What FreeScale is compared with: ScaleCrafter, HiDiffusion and DemoFusion, each as a function in the U-Net's place.
 
+    python txt2img.py "a red star" --baseline hidiffusion -W 128 -H 128
+
 `scale_crafter`, `hidiffusion` and `demo_fusion` make functions (x, t, context, added) -> prediction that
 `sampler.generate` and the `model` argument of `StableDiffusion.sample` take instead of the U-Net. (The fourth
 baseline, direct inference, is sampling at a large size and needs no code.) The first two change what the U-Net does:
@@ -103,12 +105,14 @@ def times_larger(x: Tensor, native: int) -> float:
 
 # -------------------------------------------------------------------------------------------------------- ScaleCrafter
 
-def scale_crafter(unet: UNet, native: int) -> Model:
+def scale_crafter(unet: UNet, native: int, guided: bool = True) -> Model:
     """Re-dilation; beyond 3 times the training side (latent, `native`) noise-damped guidance and shrinking dilation.
 
     Damped guidance is weak(negative) + g * (strong(positive) - strong(negative)), weak being a pass with fewer dilated
     layers. The pair (weak(negative), weak(negative) + strong(positive) - strong(negative)) makes ordinary guidance say
-    just that; so rows must be the two halves of guidance, negative first (not with low_memory).
+    just that; so rows must be the two halves of guidance, negative first.
+
+    guided: they are; False (cfg_scale 1, or low_memory): they are one half, which gets the strong pass alone.
     """
     deep = len(unet.config.channels) == 3                              # SDXL, whose three levels are dilated otherwise
 
@@ -134,7 +138,12 @@ def scale_crafter(unet: UNet, native: int) -> Model:
                              {0: shrunk(4), 1: shrunk(3), 2: shrunk(2)})
             weak = Changes({2: shrunk(3), 3: shrunk(4)}, shrunk(4), {0: shrunk(4), 1: shrunk(3)})
         out = forward(unet, x, t, context, added, strong, freeu)
-        half = len(x) // 2
+        if not guided:
+            return out
+        half = len(x) // 2                                             # both halves are of the same latents
+        if len(x) % 2 or not torch.equal(x[:half], x[half:]):
+            raise ValueError("ScaleCrafter's damped guidance needs both halves in one batch: with cfg_scale 1 and with "
+                             "low_memory, pass guided=False")
         damped = forward(unet, x[:half], t, context[:half], None if added is None else added[:half], weak, freeu)
         return torch.cat([damped, damped + out[half:] - out[:half]])
     return predict

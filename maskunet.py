@@ -64,7 +64,7 @@ class Gumbel:
                              f"{self.temperature:g} and {self.threshold:g}")
 
     def mask(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """Exactly 0 or 1, with the gradient of the sigmoid (straight-through). noise: exponential, of mean 1.
+        """Exactly 0 or 1, with the gradient of the sigmoid (straight-through). noise: exponential, of mean 1, above 0.
 
         The same noise serves both forms: -log E is a Gumbel, -log(e^E - 1) a difference of two. Its median, ln 2, makes
         a mask without chance: 1 where (at threshold 0.5) P(1) is above a half.
@@ -81,8 +81,14 @@ class Gumbel:
 
 
 def exponential(shape: torch.Size, generators: list[torch.Generator]) -> Tensor:
-    """Noise (R, *shape) of mean 1, row k from generator k, on the CPU in float32."""
-    return torch.stack([-torch.log1p(-torch.rand(shape, generator=g)) for g in generators])
+    """Noise (R, *shape) of mean 1, row k from generator k, on the CPU in float32.
+
+    That costs time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
+    weights that SD 1.x masks (SDXL: 483), at every step, for each image and half of guidance. The modes "threshold" and
+    "expected" draw none.
+    """
+    noise = torch.stack([-torch.log1p(-torch.rand(shape, generator=g)) for g in generators])
+    return noise.clamp_(min=2.0 ** -25)            # once in 2^24 draws it is 0, whose logarithm makes NaN of logit -inf
 
 
 def mix(*numbers: int) -> int:
@@ -354,9 +360,10 @@ class MaskSearch:
     """At every step, before it is taken: gradient ascent of a score of the predicted x0, by the logits of the masks.
 
     score: clean latents (n, 4, h, w), VAE-scaled, to one number an image, differentiable: see `score_latents`.
-    iterations: updates a step (the paper's lambda); the pass behind the last one goes on to the solver. 0: no search.
-    schedule: "paper", so many at every step; "released", whatever `iterations` says: none at the first seven steps, 9
-        from then on (its 1 and 10 iterations, since it uses the pass before its last update).
+    iterations: updates a step (the paper's lambda, 15 if None); the pass behind the last one goes on to the solver. 0:
+        no search.
+    schedule: "paper", so many at every step; "released": none at the first seven steps, 9 from then on (its 1 and 10
+        iterations, since it uses the pass before its last update), so that `iterations` stays None, or 0.
     keep: "last", the mask after the last update, as published; "best", the one of all passes with the highest score.
     initial: the logits that every step begins with; 1 drops 6.6 % of the weights, as released.
     reset: a new optimiser at every step; False, as released: the moments of the step before go on acting.
@@ -365,7 +372,7 @@ class MaskSearch:
         without it and 4.5 with it, beside 0.7 GiB for logits, gradients and optimiser, the weights, and the reward's.
     """
     score: Callable[[Tensor], Tensor]
-    iterations: int = 15
+    iterations: int | None = None
     schedule: str = "paper"
     keep: str = "last"
     lr: float = 1e-2
@@ -377,14 +384,19 @@ class MaskSearch:
     gumbel: Gumbel = Gumbel()
 
     def __post_init__(self) -> None:
-        if self.iterations < 0:
+        if self.iterations is not None and self.iterations < 0:
             raise ValueError(f"mask iterations must be 0 or more, not {self.iterations}")
+        if self.schedule == "released" and self.iterations:
+            raise ValueError(f"the mask search's released schedule has its own iterations: leave out "
+                             f"{self.iterations}, or take the paper's schedule")
         for name, legal in (("schedule", ("paper", "released")), ("keep", ("last", "best"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"the mask search's {name} is {' or '.join(legal)}, not {getattr(self, name)!r}")
 
     def updates(self, step: int) -> int:
-        return self.iterations if self.schedule == "paper" else 0 if step < 7 else 9
+        if self.iterations == 0 or (self.schedule == "released" and step < 7):
+            return 0
+        return 9 if self.schedule == "released" else 15 if self.iterations is None else self.iterations
 
     def start(self, unet: UNet, generators: list[torch.Generator] | None, images: int, halves: int = 1) -> "SearchRun":
         """What the sampling loop makes for a run. Each image has logits of its own, for both halves of guidance."""
@@ -414,8 +426,9 @@ class SearchRun(MaskRun):
                               "--dtype bfloat16 or float32, or lower --cfg-scale") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                raise input_error("out of memory in the search for masks: add --mask-checkpoint, or lower --width and "
-                                  "--height, or --batch-size") from None
+                raise input_error("out of memory in the search for masks: add --mask-checkpoint or --low-memory, or "
+                                  "lower --width and --height (or --resolutions, --freescale), or --batch-size"
+                                  ) from None
             raise
 
     def climb(self, predict: Callable[[], Tensor]) -> None:
@@ -469,11 +482,15 @@ def input_error(message: str) -> Exception:
     return InputError(message)
 
 
-def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor],
-                  prompts: list[str]) -> Callable[[Tensor], Tensor]:
-    """A `MaskSearch`'s score by a reward of pictures (n, 3, H, W) in [0, 1] and their n prompts: larger is better."""
+def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor], prompts: list[str],
+                  tile: Callable[[Tensor], int | None] = lambda latents: None) -> Callable[[Tensor], Tensor]:
+    """A `MaskSearch`'s score by a reward of pictures (n, 3, H, W) in [0, 1] and their n prompts: larger is better.
+
+    tile: of the VAE, by the latents that it is for.
+    """
     def score(x0: Tensor) -> Tensor:
-        images = vae.to(x0.device).decode(x0 / vae.config.scaling).float() / 2 + 0.5      # it may wait in main memory
+        z = x0 / vae.config.scaling
+        images = vae.to(x0.device).decode(z, tile(z)).float() / 2 + 0.5                   # it may wait in main memory
         return reward(images.clamp(0, 1), prompts)
     return score
 
@@ -515,6 +532,8 @@ def save_masks(masks: DynamicMasks | StaticMasks, path: Path, unet: UNet,
 def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
     """Masks for this very U-Net, frozen. InputError where the file is no such file, or was made for another model."""
     from folder import InputError, check_names, open_safetensors
+    another = f"{path} was trained for another model"
+    remedy = "train masks for this U-Net: python maskunet.py train"
     with open_safetensors(path, "train the masks again") as file:
         try:
             facts = json.loads((file.metadata() or {})["maskunet"])
@@ -523,16 +542,21 @@ def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a file of masks ({error}); make one: python maskunet.py train") from None
         wanted = masks.state_dict()
-        check_names(list(file.keys()), list(wanted), str(path))
+        try:
+            check_names(list(file.keys()), list(wanted), "it")
+        except InputError as error:
+            raise InputError(f"{another} ({error}); {remedy}") from None
         for name, p in wanted.items():
             tensor = file.get_tensor(name)
             if tensor.shape != p.shape:
-                raise InputError(f"{path} was trained for another model: {name} has shape {tuple(tensor.shape)}, but "
-                                 f"this U-Net's has {tuple(p.shape)}; train masks for it: python maskunet.py train")
+                raise InputError(f"{another}: {name} has shape {tuple(tensor.shape)}, but this U-Net's has "
+                                 f"{tuple(p.shape)}; {remedy}")
+            if not tensor.isfinite().all():
+                raise InputError(f"{path} is damaged: {name} is not finite; train the masks again")
             p.copy_(tensor)
         if theirs != mine:
-            raise InputError(f"{path} was trained for another model of the same shape: its masks are for the weights "
-                             f"{theirs}, but this U-Net's are {mine}; train masks for it: python maskunet.py train")
+            raise InputError(f"{another} of the same shape: its masks are for the weights {theirs}, but this U-Net's "
+                             f"are {mine}; {remedy}")
     return masks.requires_grad_(False)
 
 

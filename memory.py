@@ -2,10 +2,11 @@
 
 Start at `plan_stages`: it runs the real U-Net and VAE on PyTorch's meta device, where tensors have shapes but no
 memory, under a `Meter` that adds up the tensors alive. So the plan can't drift away from the code. Not in it:
-workspaces of convolution libraries and what an allocator keeps in reserve. (One call of the tiny model's U-Net at 512
-pixels made a process on a CPU grow by 0.139 GB; planned are 0.089 of tensors.) Attention counts as fused: no matrix of
-scores is formed, as by PyTorch's kernels for NVIDIA GPUs and CPUs. For runs in which caches leave units out,
-`run_macs` adds up each unit's own count.
+workspaces of convolution libraries and what an allocator keeps in reserve (one call of the tiny model's U-Net at 512
+pixels made a process on a CPU grow by 0.139 to 0.150 GB; planned are 0.089 of tensors), weight masks, and what caches
+and T-GATE keep. Attention counts as fused: no matrix of scores is formed, as by PyTorch's kernels for NVIDIA GPUs and
+CPUs; on a device without such kernels it is, heads x N x N numbers for each row, and the plan is far too low.
+For runs in which caches leave units out, `run_macs` adds up each unit's own count.
 """
 import weakref
 from collections.abc import Callable

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from flags import check_device, open_picture
 from folder import TINY, InputError, replacing
 from maskunet import DynamicMasks, Gumbel, MaskRun, Masks, StaticMasks, fingerprint, mix, save_masks
 from sampler import draw_noise
@@ -135,6 +136,8 @@ def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor | t
     steps: optimiser steps in all; caption_dropout: part of the captions that is left out (as published: none).
     model: what predicts, in a `MaskedUNet`'s place, where other weights than masks are trained.
     Every random number is a function of seed, step and place in the batch of all processes: runs resume exactly.
+    Batches that end too early end the training, with a warning; InputError where a loss or a weight is not finite. Both
+    leave the last good checkpoint.
     """
     model = MaskedUNet(sd.unet, run.masks) if model is None else model
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -146,6 +149,7 @@ def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor | t
             x, t, target, (context, added) = noised(sd, images, captions, generators, caption_dropout)
             out, density = parallel(x.to(sd.dtype), t, context, added, seeds, run.step)
             losses = (out.float() - target).square().mean(dim=(1, 2, 3))
+            check_finite("loss", run.step, [losses])                   # before it reaches the weights
             run.optimizer.zero_grad()
             losses.mean().backward()
             run.optimizer.step()
@@ -158,15 +162,32 @@ def train(sd: StableDiffusion, run: Training, batches: Iterable[tuple[Tensor | t
             log[:, -1] += torch.stack([density.double().cpu(), torch.ones((), dtype=torch.float64)])
             save = run.step % save_every == 0 or run.step == steps
             if save or run.step % log_every == 0:                      # a checkpoint knows of no sums that were begun
-                loss, by_time, kept = summary(log.to(sd.device if sd.device.type == "cuda" else "cpu"))
-                run.curve.append((run.step, loss, by_time, kept))
+                note(run, log)
                 log = torch.zeros_like(log)
-                if rank() == 0:
-                    tqdm.write(f"step {run.step}  loss {loss:.5f}  by time {' '.join(f'{x:.4f}' for x in by_time)}  "
-                               f"density {kept:.4f}")
             if save:
                 run.save()
+    if run.step < steps:
+        warnings.warn(f"the batches ended after step {run.step} of {steps}", stacklevel=2)
+        if log[1, -1] > 0:                                             # steps since the last line of the curve
+            note(run, log)
+        run.save()
     return run.curve
+
+
+def note(run: Training, log: Tensor) -> None:
+    """A line of the curve from the sums since the line before."""
+    device = next(run.masks.parameters()).device
+    loss, by_time, kept = summary(log.to(device if device.type == "cuda" else "cpu"))
+    check_finite("masks", run.step, run.masks.parameters())
+    run.curve.append((run.step, loss, by_time, kept))
+    if rank() == 0:
+        tqdm.write(f"step {run.step}  loss {loss:.5f}  by time {' '.join(f'{x:.4f}' for x in by_time)}  "
+                   f"density {kept:.4f}")
+
+
+def check_finite(what: str, step: int, tensors: Iterable[Tensor]) -> None:
+    if not all(x.isfinite().all() for x in tensors):
+        raise InputError(f"at step {step} the {what} became infinite or NaN: lower --lr; the last checkpoint is kept")
 
 
 def summary(log: Tensor) -> tuple[float, list[float], float]:
@@ -205,12 +226,7 @@ def read_batches(pairs: list[tuple[Path, str]], size: int, batch: int, seed: int
             if epoch not in order:
                 order = {epoch: np.random.default_rng([seed, epoch]).permutation(len(pairs))}
             path, caption = pairs[order[epoch][k]]
-            try:
-                with Image.open(path) as file:
-                    picture = ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), (size, size),
-                                           Image.Resampling.LANCZOS)
-            except (OSError, Image.DecompressionBombError) as error:
-                raise InputError(f"can't read the picture {path} ({error}); repair or remove it") from None
+            picture = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.LANCZOS)
             images.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255)
             captions.append(caption)
         yield torch.stack(images), captions
@@ -236,12 +252,13 @@ def main() -> None:
     args = parser.parse_args()
     for flag, ok, legal in (("--steps", args.steps >= 1, "1 or more"), ("--batch", args.batch >= 1, "1 or more"),
                             ("--save-every", args.save_every >= 1, "1 or more"),
-                            ("--seed", args.seed >= 0, "0 or more"), ("--lr", 0 < args.lr < math.inf, "above 0"),
+                            ("--seed", args.seed >= 0, "0 or more"), ("--lr", 0 < args.lr <= 1, "above 0, at most 1"),
                             ("--initial", math.isfinite(args.initial), "a finite number"),
                             ("--caption-dropout", 0 <= args.caption_dropout <= 1, "between 0 and 1"),
                             ("--out", args.out.suffix == ".safetensors", "a .safetensors file")):
         if not ok:
             raise InputError(f"{flag} must be {legal}")
+    device = check_device(args.device)
     pairs = read_pairs(args.data)
     try:
         with tempfile.TemporaryFile(dir=args.out.parent):              # better now than after hours of work
@@ -249,7 +266,7 @@ def main() -> None:
     except OSError as error:
         raise InputError(f"can't write to {args.out.parent} ({error.strerror}); choose another --out") from None
     warnings.showwarning = lambda message, *_: tqdm.write(f"note: {message}", file=sys.stderr)
-    device = join(torch.device(args.device))
+    device = join(device)
     if args.batch % world():
         raise InputError(f"--batch {args.batch} must be a multiple of the {world()} processes")
     sd = StableDiffusion.load(args.model, device)

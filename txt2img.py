@@ -35,6 +35,7 @@ from flags import (
     check_memory,
     parameters_text,
     parse_arguments,
+    read_baseline,
     read_image,
     read_mask_search,
     read_masks,
@@ -193,11 +194,13 @@ class StableDiffusion:
         freescale: the stages of a large picture, see `freescale.py`. Height and width, if given, are the last stage's,
             noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
         tile: of the VAE between FreeScale's stages, as in `decode`.
-        model: a function in the U-Net's place, such as `highres_baselines.py` makes.
+        model: a function in the U-Net's place, such as `highres_baselines.py` makes; not with cache, T-GATE and masks.
         known: encodings of texts to go on using, see `encode_prompt`.
         callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
             arguments: see `sampler.generate`.
         """
+        if model is not None and (cache is not None or tgate is not None or masks is not None):
+            raise InputError("caches, T-GATE and masks need the U-Net itself: leave them out, or model")
         if freescale is not None:
             freescale, (height, width) = self.fit(freescale, height, width, init), freescale.resolutions[0]
         factor, native = self.config.vae.factor, self.config.size
@@ -369,10 +372,10 @@ def main() -> None:
     todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
-        if freescale is not None:
+        search = read_mask_search(args, device)                        # its rewards take memory that a stage can't
+        if freescale is not None and args.baseline is None:
             check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
                          torch.device(device))
-        search = read_mask_search(args, device)
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile)
         settings["masks"] = read_masks(args, sd.unet)
         report(args, sd, settings, init_image is not None)
@@ -381,6 +384,7 @@ def main() -> None:
 
     def draw(batch: list[int], **changes) -> tuple[Tensor, float]:
         """Pictures of these numbers as latents, with changed settings, and the seconds that sampling took."""
+        changes = {"model": read_baseline(args, sd, args.seed + batch[0]), **changes}
         if search is not None:
             changes = {"masks": search(sd.vae, [prompts[k] for k in batch]), **changes}
         with tqdm(total=stages * changes.get("steps", args.steps), desc=f"picture {batch[-1] + 1} of {len(prompts)}",

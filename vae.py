@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TOGETHER = 64 * 64     # latent pixels decoded at once, so that a batch needs no more memory than one of 512x512 pixels
 WHOLE = 128 * 128      # latent pixels decoded in one piece by default (SDXL's 1024x1024); above, in tiles
@@ -219,7 +220,8 @@ class VAE(nn.Module):
         tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles overlap by a
         quarter and are blended linearly; memory beyond the result doesn't grow with the image. All tiles are normalised
         by the statistics of one thumbnail of the image (GroupNorm by each tile's own would show as tiles of different
-        contrast), but attend to themselves only, so the result differs slightly from the image in one piece.
+        contrast), but attend to themselves only, so the result differs slightly from the image in one piece. Where
+        gradients go back to z, every tile is computed twice, to keep one tile's activations at a time.
         """
         z, known = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)), {}
         size, factor = z.shape[-2:], self.config.factor
@@ -227,8 +229,13 @@ class VAE(nn.Module):
             return self.decoder(z)
         image = z.new_empty(z.shape[0], 3, size[0] * factor, size[1] * factor)
         self.decoder(thumbnail(z, size, tile, 1), known)
-        return blend_tiles(image, size, tile, factor, lambda top, bottom, left, right: self.decoder(
-            z[:, :, top:bottom, left:right], known))
+
+        def compute(top: int, bottom: int, left: int, right: int) -> Tensor:
+            part = z[:, :, top:bottom, left:right]
+            if torch.is_grad_enabled() and z.requires_grad:
+                return checkpoint(self.decoder, part, known, use_reentrant=False, preserve_rng_state=False)
+            return self.decoder(part, known)
+        return blend_tiles(image, size, tile, factor, compute)
 
 
 def tile_side(tile: int | None, latents: Tensor) -> int | None:

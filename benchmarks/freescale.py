@@ -8,13 +8,18 @@ FreeScale, and its peak of memory is printed beside the plan's: on a GPU what te
 process has grown by (a call smaller than one before it can't be seen there; let the sizes rise).
 """
 import argparse
-import resource
 import time
 from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:                                # Windows
+    resource = None
+
 from convert_weights import FAMILIES
+from flags import check_device
 from folder import TINY, InputError, read_config, run_command
 from freescale import FreeScale
 from freeu import PRESETS, FreeU
@@ -30,8 +35,8 @@ def show_plan(plans: list[StagePlan], steps: int, restart: int) -> None:
     print("stage         memory GB | U-Net call: peak GB   TFLOP | VAE: peak GB   TFLOP | stage in all PFLOP")
     for number, plan in enumerate(plans):
         calls = steps - (restart if number else 0)
-        print(f"{plan.width}x{plan.height:<8} {plan.memory / GB:9.2f} {plan.unet.peak / GB:20.2f} "
-              f"{plan.unet.flops / 1e12:8.2f} {plan.vae.peak / GB:14.2f} {plan.vae.flops / 1e12:8.2f} "
+        print(f"{plan.width}x{plan.height:<8} {plan.memory / GB:9.3f} {plan.unet.peak / GB:20.3f} "
+              f"{plan.unet.flops / 1e12:8.2f} {plan.vae.peak / GB:14.3f} {plan.vae.flops / 1e12:8.2f} "
               f"{(calls * plan.unet.flops + plan.vae.flops) / 1e15:16.3f}", flush=True)
 
 
@@ -88,13 +93,23 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float16", choices=["float32", "float16", "bfloat16"])
     args = parser.parse_args()
+    if args.steps < 1:
+        raise InputError("--steps must be 1 or more")
+    if not args.plan:
+        check_device(args.device)
+        if args.device == "cpu" and (resource is None or not Path("/proc/self/statm").is_file()):
+            raise InputError("what a process takes can be measured on Linux only: add --plan")
     config = read_config(TINY) if args.family == "tiny" else FAMILIES[args.family]
     args.dtype = getattr(torch, args.dtype)
     try:
-        sizes = tuple(tuple(int(side) for side in size.split("x"))[::-1] for size in args.resolutions.split(","))
+        sizes = [tuple(int(side) for side in size.split("x")) for size in args.resolutions.split(",")]
+        sizes = tuple((height, width) for width, height in sizes)
+    except ValueError:
+        raise InputError(f"--resolutions takes sizes such as 512x512,1024x1024, not {args.resolutions!r}") from None
+    try:
         freescale = FreeScale(sizes, native=config.size // config.vae.factor, fast=args.fast, blur=args.blur)
     except ValueError as error:
-        raise InputError(f"--resolutions {args.resolutions}: {error}") from None
+        raise InputError(str(error)) from None
     freeu = FreeU(*PRESETS[1][args.family], version=1) if args.freeu else None
     plans = plan_stages(config, freescale, dtype=args.dtype, low_memory=args.low_memory, freeu=freeu,
                         tile=lambda latents: tile_side(None, latents))

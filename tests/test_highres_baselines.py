@@ -39,7 +39,8 @@ UNETS = {config: make(UNet, config) for config in (NARROW, XL)}
 
 
 def inputs(config: UNetConfig, height: int, width: int, t: float = 900.0) -> tuple:
-    return (randn(2, 4, height, width), torch.tensor(t), randn(2, 5, 8, seed=1),
+    """Of both halves of guidance, for one picture."""
+    return (randn(1, 4, height, width).repeat(2, 1, 1, 1), torch.tensor(t), randn(2, 5, 8, seed=1),
             randn(2, 6, seed=2) if config.add_dim else None)
 
 
@@ -107,7 +108,7 @@ def test_scale_crafter_dilates_the_published_layers(family, factor, monkeypatch)
         monkeypatch.setattr(highres_baselines, "redilate", noting)
         x, context = torch.empty(2, 4, 8 * factor, 8 * factor), torch.empty(2, 5, c.context_dim)
         added = torch.empty(2, c.add_dim) if c.add_dim else None
-    scale_crafter(unet, 8)(x, torch.tensor(1000.0), context, added)
+    scale_crafter(unet, 8, guided=False)(x, torch.tensor(1000.0), context, added)
     levels, resamplers = DILATED[family, factor]
     want = {name: p for name in seen for level, p in levels.items()
             if name.startswith(f"{level}.resnets")} | resamplers
@@ -123,6 +124,19 @@ def test_damped_guidance_is_the_papers_formula(monkeypatch):
     negative, positive = scale_crafter(UNETS[NARROW], NATIVE)(x, torch.tensor(999.0), context).chunk(2)
     out = negative + 7.5 * (positive - negative)
     assert torch.allclose(out, torch.tensor(0.1 * 2 + 7.5 * (5.0 - 2.0)))
+
+
+def test_damped_guidance_is_for_both_halves_alone_and_one_half_gets_the_strong_pass():
+    unet, (x, t, context, _) = UNETS[NARROW], inputs(NARROW, 32, 32)
+    strong = scale_crafter(unet, NATIVE, guided=False)
+    both = strong(x, t, context)
+    for k in (0, 1):                                                   # cfg_scale 1, and the passes of low_memory
+        alone = strong(x[k:k + 1], t, context[k:k + 1])
+        assert alone.shape == (1, 4, 32, 32) and torch.allclose(alone, both[k:k + 1], atol=1e-5)
+    assert not torch.allclose(scale_crafter(unet, NATIVE)(x, t, context), both, atol=1e-4)
+    for rows in (x[:1], randn(2, 4, 32, 32)):                          # two rows of two pictures are no halves either
+        with pytest.raises(ValueError, match="pass guided=False"):
+            scale_crafter(unet, NATIVE)(rows, t, context[:len(rows)])
 
 
 def test_dilation_ends_with_its_part_of_the_time():

@@ -41,7 +41,10 @@ def test_the_published_model_has_446_million_parameters():
         model = RewardModel()
     towers = (model.blip.visual_encoder, model.blip.text_encoder, model.mlp)
     assert [sum(p.numel() for p in tower.parameters()) for tower in towers] == [303_301_632, 141_977_088, 927_969]
+    # 446,204,641 is a count met elsewhere: without 2,048, one LayerNorm of width 1024. Outside the blocks that is the
+    # image tower's last one, which is in use: the text tower looks at its output
     assert sum(p.numel() for p in model.parameters()) == 446_206_689
+    assert sum(p.numel() for p in model.blip.visual_encoder.norm.parameters()) == 446_206_689 - 446_204_641
     assert [name for name in model.state_dict() if name.startswith("mlp")] == [
         f"mlp.layers.{i}.{kind}" for i in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
 

@@ -21,8 +21,9 @@ from torch import nn
 
 import maskunet
 import txt2img
-from cache import DeepCache, FasterDiffusion
+from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from folder import TINY, InputError, run_command
+from freescale import FreeScale
 from freeu import FreeU, skip_tuning
 from maskunet import (
     LAYERS,
@@ -211,6 +212,17 @@ def test_the_gradients_scale_at_the_two_published_initial_logits():
     for logit, want in ((5.0, 6.56e-3), (1.0, 0.1509)):
         soft = torch.sigmoid(logit - noise.log())
         assert abs((soft * (1 - soft)).mean() - want) <= 0.01 * want
+
+
+def test_a_draw_of_zero_makes_no_mask_of_an_infinite_logit_undefined(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.zeros(shape))       # happens once in 2^24 draws
+    noise = exponential(torch.Size([2]), seeded(0))[0]
+    for form in (1, 2):
+        assert torch.equal(Gumbel(form).mask(torch.tensor([-math.inf, math.inf]), noise), torch.tensor([0.0, 1.0]))
+    for window in (False, True):
+        run = Masks(RandomMasks(1.0, window)).start(UNETS[NARROW], seeded(0), 1).at(0)
+        masks = [m for four in run.blocks("up_blocks.1.attentions.0.", 1, None, 3) for two in four for m in two]
+        assert len(masks) == 8 and not any(m.any() for m in masks)
 
 
 def test_noise_has_mean_one_and_comes_from_the_generators_alone():
@@ -521,7 +533,7 @@ def test_masks_fit_their_model_in_every_dtype_and_no_other_of_its_shape(tmp_path
         transformer_blocks[0].attn1.to_q.weight.any()
     next(iter(masked_layers(whole).values())).weight.data[0, 0] *= -1
     with pytest.raises(InputError, match=f"another model of the same shape: .* {maskunet.fingerprint(unet)}, .* "
-                                         f"{maskunet.fingerprint(whole)}; train masks for it"):
+                                         f"{maskunet.fingerprint(whole)}; train masks for this U-Net"):
         load_masks(path, whole)
 
 
@@ -620,6 +632,39 @@ def test_a_resumed_training_is_the_uninterrupted_one(model, tmp_path):
         Training(DynamicMasks(sd.unet), tmp_path / "c.pt")
 
 
+def test_batches_that_end_too_early_leave_a_checkpoint_and_say_so(model, tmp_path):
+    sd = StableDiffusion.load(model)
+    run = Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
+    with pytest.warns(UserWarning, match="the batches ended after step 2 of 5"):
+        curve = train(sd, run, [batch for _, batch in zip(range(2), fixed_batches())], steps=5)
+    assert [step for step, *_ in curve] == [2] and Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2).step == 2
+
+
+@pytest.mark.parametrize("what", ["loss", "masks"])
+def test_a_training_that_diverges_ends_in_one_clear_line_and_keeps_the_last_good_checkpoint(what, model, tmp_path):
+    sd = StableDiffusion.load(model)
+    run = Training(StaticMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
+    train(sd, run, fixed_batches(), steps=1)
+    if what == "loss":
+        sd.unet.conv_out.weight[0, 0, 0, 0] = math.nan
+    else:
+        run.optimizer.param_groups[0]["lr"] = math.inf
+    with pytest.raises(InputError, match=f"the {what} became infinite or NaN: lower --lr"):
+        train(sd, run, fixed_batches(), steps=2)
+    kept = Training(StaticMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
+    assert kept.step == 1 and all(p.isfinite().all() for p in weights(kept.masks))
+
+
+def test_training_reads_pictures_as_they_look(tmp_path):
+    for name, picture in (("clear", Image.new("RGBA", (8, 8), (0, 0, 0, 0))),
+                          ("gray", Image.fromarray(np.full((8, 8), 30000, np.uint16)))):
+        picture.save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    images, captions = next(read_batches(read_pairs(tmp_path), 8, 2, seed=0))
+    for image, caption in zip(images, captions):
+        assert torch.allclose(image, torch.tensor({"clear": 1.0, "gray": 117 / 255}[caption]), atol=1e-6)
+
+
 def test_two_processes_train_as_one_does(model, data, tmp_path, command):
     arguments = ["train", "--model", model, "--data", data, "--steps", 3, "--batch", 4, "--lr", 0.01, "--initial", 1,
                  "--device", "cpu"]
@@ -698,6 +743,8 @@ def test_bad_training_folders_end_in_one_clear_line(damage, words, model, data, 
 @pytest.mark.parametrize("flags,words", [
     (["--data", "nowhere"], "no folder nowhere"), (["--out", "m.pt"], "a .safetensors file"),
     (["--steps", 0], "1 or more"), (["--lr", -1], "above 0"), (["--caption-dropout", 2], "between 0 and 1"),
+    (["--lr", 1e38], "at most 1"), (["--device", "abacus"], "abacus can't be used here"),
+    (["--device", "meta"], "can't hold a picture"),
     (["--initial", "nan"], "finite"), (["--out", "no/where/m.safetensors"], "no/where")])
 def test_bad_training_flags_end_in_one_clear_line(flags, words, model, data, tmp_path, command):
     code, _, err = command(train_main, "train", "--model", model, "--data", data, "--out", tmp_path / "m.safetensors",
@@ -717,13 +764,21 @@ def test_bad_mask_flags_end_in_one_clear_line(flags, words, model, tmp_path, com
 def test_masks_of_another_model_end_in_one_clear_line(model, tmp_path, command):
     other = StableDiffusion.load(model).unet
     other.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(-1)
-    for name, unet, words in (("shape", UNETS[NARROW], "tensors that this model doesn't know, the first is"),
+    for name, unet, words in (("shape", UNETS[NARROW], "was trained for another model (it has"),
                               ("weights", other, "was trained for another model of the same shape")):
         save_masks(StaticMasks(unet), tmp_path / f"{name}.safetensors", unet)
         code, _, err = command(txt2img.main, "a circle", "--model", model, "--out", tmp_path / "o.png", "--device",
                                "cpu", "--masks", tmp_path / f"{name}.safetensors")
         assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
-        assert not (tmp_path / "o.png").exists()
+        assert "python maskunet.py train" in err.splitlines()[-1] and not (tmp_path / "o.png").exists()
+
+
+def test_masks_that_are_not_finite_are_refused(tmp_path):
+    masks = StaticMasks(UNETS[NARROW])
+    next(masks.parameters()).data[0, 0] = math.nan
+    save_masks(masks, tmp_path / "m.safetensors", UNETS[NARROW])
+    with pytest.raises(InputError, match="is damaged: .* is not finite"):
+        load_masks(tmp_path / "m.safetensors", UNETS[NARROW])
 
 
 # ---------------------------------------------------------------------------------------------- the training-free path
@@ -757,10 +812,12 @@ def test_the_search_climbs_its_score_at_every_step_anew():
 
 
 def test_the_released_schedule_searches_in_the_second_half_only():
-    search = MaskSearch(nearness, 4, "released")
+    search = MaskSearch(nearness, schedule="released")
     assert [search.updates(step) for step in range(15)] == [0] * 7 + [9] * 8
     assert [len(one_step(search, step)[0].history[0]) for step in (6, 7)] == [0, 9]
     assert [len(one_step(MaskSearch(nearness, 4), step)[0].history[0]) for step in (6, 7)] == [4, 4]
+    assert {MaskSearch(nearness, 0, "released").updates(step) for step in range(15)} == {0}
+    assert {MaskSearch(nearness).updates(step) for step in range(15)} == {15}
 
 
 def test_no_iterations_are_masks_without_a_search():
@@ -843,6 +900,33 @@ def test_a_search_composes_with_freeu_and_caches_and_refuses_the_parallel_one():
         trajectory(search, cache=FasterDiffusion("paper", parallel=True))
 
 
+LARGER = FreeScale(((64, 64), (96, 128)), native=8, restart=0.5)
+COMPANIONS = {"nothing": {}, "FreeScale": dict(freescale=LARGER), "T-GATE": dict(tgate=TGate(2)),
+              "all with DeepCache": dict(freescale=LARGER, tgate=TGate(3), cache=DeepCache(2, 4),
+                                         freeu=FreeU(1.3, 1.4, 0.9, 0.2)),
+              "Inherit": dict(cache=Inherit("mid,u0-u2", 2))}
+
+
+@pytest.mark.parametrize("companions", COMPANIONS)
+@pytest.mark.parametrize("kind", ["learned", "windows", "search"])
+def test_every_kind_of_masks_composes_with_everything_in_one_batch_and_in_two_passes(kind, companions):
+    unet, more = UNETS[NARROW], COMPANIONS[companions]
+    size = (12, 16) if "freescale" in more else (8, 8)
+    masks = {"learned": lambda: Masks(random_dynamic(unet)), "windows": lambda: Masks(RandomMasks(0.3, window=True)),
+             "search": lambda: MaskSearch(nearness, 1)}[kind]()
+
+    def draw(masks, seeds: tuple[int, ...] = (0, 1), **rest) -> torch.Tensor:
+        noise = torch.cat([randn(1, 4, *size, seed=seed) for seed in seeds])
+        context = torch.cat([randn(1, 5, 8, seed=seed + 10) for seed in seeds])
+        *_, (_, x) = generate(unet, noise, context, 0 * context, steps=4, cfg_scale=3, generators=seeded(*seeds),
+                              init=0.5 * noise if "freescale" in more else None, masks=masks, **more, **rest)
+        return x
+    whole, halves, plain = draw(masks), draw(masks, low_memory=True), draw(None)
+    assert whole.isfinite().all() and not torch.allclose(whole, plain, atol=1e-3)
+    assert torch.allclose(draw(masks, seeds=(0,))[0], whole[0], atol=1e-3)                # whoever is drawn beside it
+    assert torch.allclose(halves, whole, atol=1e-3)
+
+
 def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
     sd, prompts = StableDiffusion.load(model), ["a red circle", "a blue circle"]
     for p in sd.unet.up_blocks.parameters():
@@ -863,6 +947,28 @@ def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
     assert torch.allclose(redness(sd.decode(latents), prompts), scores.amax(dim=0), atol=1e-5)
     assert fingerprint(sd) == before
     assert all(p.grad is None for module in (sd.unet, sd.vae) for p in module.parameters())
+
+
+def test_a_search_looks_at_pictures_decoded_in_tiles_and_keeps_one_tiles_activations(model, monkeypatch):
+    sd, seen, z = StableDiffusion.load(model), [], randn(1, 4, 20, 20).requires_grad_()
+
+    def judge(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        seen.append(images.detach())
+        return images.square().mean(dim=(1, 2, 3))
+
+    def decoded(tile: int | None) -> tuple[int, torch.Tensor]:
+        """How many numbers autograd keeps, and the gradient."""
+        kept, score = [], score_latents(sd.vae, judge, ["a red circle"], lambda latents: tile)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            value = score(z).sum()
+        return sum(kept), *torch.autograd.grad(value, z)
+    (whole, _), (tiled, grad) = decoded(None), decoded(8)
+    want = (sd.vae.decode(z.detach() / sd.config.vae.scaling, 8) / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(seen[1], want, atol=1e-6) and not torch.allclose(seen[0], want, atol=1e-3)
+    monkeypatch.setattr("vae.checkpoint", lambda function, *arguments, **_: function(*arguments))
+    kept, direct = decoded(8)
+    assert torch.allclose(grad, direct, rtol=1e-4, atol=1e-6 * direct.abs().max()) and grad.abs().max() > 0
+    assert tiled < 0.5 * whole < kept
 
 
 def raising(error: Exception):
@@ -899,7 +1005,8 @@ def test_other_errors_of_a_score_are_not_hidden():
 
 
 @pytest.mark.parametrize("settings,words", [(dict(iterations=-1), "0 or more"), (dict(keep="first"), "last or best"),
-                                            (dict(schedule="mine"), "paper or released")])
+                                            (dict(schedule="mine"), "paper or released"),
+                                            (dict(iterations=4, schedule="released"), "has its own iterations")])
 def test_bad_search_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         MaskSearch(nearness, **settings)
@@ -926,9 +1033,8 @@ def test_a_search_by_the_models_own_clip_runs_from_the_command_line_and_raises_t
 
 def test_without_iterations_the_command_draws_with_masks_that_are_on(tmp_path, command):
     made = {}
-    for name, flags in {"search": TINY_PICTURE[5:7], "plain": []}.items():
-        code, _, err = command(txt2img.main, *TINY_PICTURE[:5], *flags, "--mask-iterations", 0,
-                               "--out", tmp_path / f"{name}.png")
+    for name, flags in {"search": [*TINY_PICTURE[5:7], "--mask-iterations", 0], "plain": []}.items():
+        code, _, err = command(txt2img.main, *TINY_PICTURE[:5], *flags, "--out", tmp_path / f"{name}.png")
         assert code == 0, err
         with Image.open(tmp_path / f"{name}.png") as file:
             made[name] = file.tobytes()
@@ -945,7 +1051,8 @@ def test_too_little_memory_for_a_search_names_what_to_lower_and_leaves_nothing(t
     code, _, err = command(txt2img.main, *TINY_PICTURE, "--out", tmp_path / "o.png")
     last = err.splitlines()[-1]
     assert code == 2 and "Traceback" not in err and not list(tmp_path.iterdir())
-    assert all(flag in last for flag in ("--mask-checkpoint", "--width", "--height", "--batch-size"))
+    assert all(flag in last for flag in ("--mask-checkpoint", "--low-memory", "--width", "--height", "--resolutions",
+                                         "--freescale", "--batch-size"))
 
 
 @pytest.mark.parametrize("flags,words", [
@@ -954,6 +1061,7 @@ def test_too_little_memory_for_a_search_names_what_to_lower_and_leaves_nothing(t
     (["--cache", "faster", "--cache-parallel"], "leave out --cache-parallel"),
     (["--mask-random", 0.5], "give one of them"),
     (["--mask-iterations", -1], "0 or more"), (["--mask-schedule", "often"], "paper or released"),
+    (["--mask-schedule", "released"], "has its own iterations"),
     (["--mask-keep", "first"], "last or best")])
 def test_bad_search_flags_end_in_one_clear_line(flags, words, tmp_path, command):
     code, _, err = command(txt2img.main, *TINY_PICTURE, "--out", tmp_path / "o.png", *flags)

@@ -12,6 +12,7 @@ from folder import TINY, read_config
 from freescale import FreeScale
 from memory import Meter, free_memory, measure, plan_stages
 from unet import FeedForward, UNet
+from vae import tile_side
 
 KB = 1024
 
@@ -72,6 +73,12 @@ def test_sdxls_operations_at_its_own_size_are_the_known_ones():
     config = FAMILIES["sdxl"]
     plan = plan_stages(config, FreeScale(((1024, 1024),), native=128), tile=lambda z: 64)[0]
     assert plan.unet.flops == pytest.approx(13.5e12, rel=0.01)         # both halves of guidance
+    assert plan.memory < 12e9
+
+
+def test_sdxl_draws_4096_pixels_within_12_gigabytes():
+    free = FreeScale(((1024, 1024), (2048, 2048), (4096, 4096)), native=128)
+    plan = plan_stages(FAMILIES["sdxl"], free, low_memory=True, tile=lambda z: tile_side(None, z), stages=[2])[0]
     assert plan.memory < 12e9
 
 

@@ -15,13 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import flags as flags_file
 import folder
 import txt2img
+from cache import DeepCache, TGate
 from clip_text import TextConfig, TextEncoder
 from clip_text import Tokenizer as OurTokenizer
 from flags import parse_arguments, read_image
 from folder import InputError, ModelConfig, run_command, write_config
 from freescale import FreeScale
+from maskunet import Masks, RandomMasks
 from sampler import NoiseSchedule
 from txt2img import StableDiffusion
 from unet import UNet, UNetConfig
@@ -407,6 +410,16 @@ def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, h
     assert "the stage 128x128 needs about" in stderr and list(tmp_path.iterdir()) == []
 
 
+def test_planning_a_large_stage_takes_seconds_and_says_so(narrow, monkeypatch, capsys):
+    monkeypatch.setattr("memory.free_memory", lambda device: 1)
+    monkeypatch.setattr("memory.plan_stages", lambda *_, **__: [argparse.Namespace(memory=0)])
+    for side, said in ((1024, ""), (1032, "planning the memory of the last stage: some seconds\n")):
+        args = flags_file.parse_arguments(["a circle", "--model", str(narrow), "--resolutions", f"32x32,{side}x{side}"])
+        free = FreeScale(args.stages)
+        flags_file.check_memory(args, folder.read_config(narrow), free, None, 1, torch.device("cpu"))
+        assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("flags,words", [
     (["--resolutions", "32x32,64x60"], "height 60 is not a multiple of 8; the nearest are 56 and 64"),
     (["--resolutions", "64x64,32x64"], "must not fall, but 64x64 is followed by 32x64"),
@@ -428,6 +441,58 @@ def test_bad_freescale_flags_end_in_one_clear_line(flags, words, narrow, tmp_pat
     code, _, stderr = command("a circle", "--model", narrow, *flags)
     assert code == 2 and words in stderr and stderr.count("\n") == 1 and stderr.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+@pytest.mark.parametrize("baseline", ["scalecrafter", "hidiffusion", "demofusion"])
+def test_a_baseline_draws_a_larger_picture_from_a_seed_and_says_so_in_it(baseline, narrow, tmp_path, command,
+                                                                         monkeypatch):
+    calls = []
+    kind = {"scalecrafter": "scale_crafter", "demofusion": "demo_fusion"}.get(baseline, baseline)
+    real = getattr(flags_file, kind)
+    monkeypatch.setattr(flags_file, kind, lambda *a, **k: calls.append(k) or real(*a, **k))
+    arguments = ("a circle", "--model", narrow, "--steps", 2, "--seed", 3, "-W", 72, "-H", 48, "--freeu")
+    made = []
+    for name, more in (("plain", []), ("one", ["--baseline", baseline]), ("two", ["--baseline", baseline])):
+        code, _, stderr = command(*arguments, *more, "--out", tmp_path / f"{name}.png")
+        assert code == 0, stderr
+        made.append(pixels(tmp_path / f"{name}.png"))
+    assert len(calls) == 2 and made[1].shape == (48, 72, 3)
+    assert np.array_equal(made[1], made[2]) and not np.array_equal(made[0], made[1])
+    assert f"Baseline: {baseline}" in Image.open(tmp_path / "one.png").text["parameters"]
+    assert "Baseline" not in Image.open(tmp_path / "plain.png").text["parameters"]
+
+
+def test_demo_fusion_goes_up_by_the_models_own_size():
+    for size, want in (((768, 1536), ((256, 512), (512, 1024), (768, 1536))), ((768, 768), ((384, 384), (768, 768)))):
+        assert flags_file.demo_fusion_stages(*size, 512).resolutions == want
+
+
+def test_scale_crafter_without_guidance_beyond_three_times_draws_its_strong_pass(narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--steps", 2, "-W", 128, "-H", 32, "--cfg-scale", 1,
+                              "--baseline", "scalecrafter", "--out", tmp_path / "p.png")
+    assert code == 0 and pixels(tmp_path / "p.png").shape == (32, 128, 3), stderr
+
+
+@pytest.mark.parametrize("more,words", [
+    (["-W", 32], "larger than the model's own 32 pixels: give --width and --height"),
+    (["--freescale", 2], "combined with --freescale"), (["--resolutions", "64x64"], "combined with --resolutions"),
+    (["--cache", "deepcache"], "combined with --cache"), (["--tgate", 5], "combined with --tgate"),
+    (["--mask-random", 0.1], "combined with --mask-random"), (["--init-image", "x.png"], "combined with --init-image"),
+    (["--low-memory"], "combined with --low-memory"), (["--compile"], "combined with --compile"),
+    (["--batch-size", 2], "leave out --batch-size"), (["--mask-reward", "clip"], "combined with --mask-reward")])
+def test_what_a_baseline_can_not_be_combined_with_is_named(more, words, narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--baseline", "hidiffusion", "--out", tmp_path / "p.png",
+                              *more)
+    assert code == 2 and words in stderr and stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_model_in_the_unets_place_takes_no_caches_and_masks(narrow):
+    sd = StableDiffusion.load(narrow)
+    for technique in (dict(cache=DeepCache(2)), dict(tgate=TGate(1)), dict(masks=Masks(RandomMasks(0.1)))):
+        with pytest.raises(InputError, match="need the U-Net itself"):
+            sd.sample("a circle", steps=2, model=lambda x, *_: x, **technique)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -669,6 +734,21 @@ def test_compare_draws_both_pictures_side_by_side_and_tells_the_speed_up(narrow,
 def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
     code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", "--cache", *flags)
     assert code == 2 and words in stderr and "Traceback" not in stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags,needed", [
+    (["--freescale-upsample", "nonsense"], "--freescale or --resolutions"),
+    (["--freescale-restart", 7], "--freescale or --resolutions"),
+    (["--detail", "much"], "--freescale or --resolutions"),
+    (["--freescale-fast"], "--freescale or --resolutions"), (["--mask-mode", "threshold"], "--masks or --mask-random"),
+    (["--mask-fixed", "--mask-reward", "clip"], "--masks or --mask-random"),
+    (["--mask-shared", "--mask-random", 0.1], "--masks"), (["--mask-window", "--mask-reward", "clip"], "--mask-random"),
+    (["--mask-window", "--masks", "m.safetensors"], "--mask-random"), (["--mask-iterations", 0], "--mask-reward"),
+    (["--mask-keep", "best", "--mask-random", 0.1], "--mask-reward"), (["--mask-checkpoint"], "--mask-reward"),
+    (["--mask-schedule", "released"], "--mask-reward")])
+def test_flags_of_freescale_and_masks_that_would_do_nothing_are_refused(flags, needed, narrow, tmp_path, command):
+    code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
+    assert code == 2 and stderr == f"error: {flags[0]} does nothing without {needed}\n" and not list(tmp_path.iterdir())
 
 
 def test_flags_that_need_another_one_say_so(narrow, tmp_path, command):
