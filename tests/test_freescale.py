@@ -389,9 +389,9 @@ def test_stages_run_as_many_steps_as_they_should_and_see_the_first_stages_size(t
         calls.append((tuple(x.shape[2:]), None if freescale is None else freescale.dilated))
         return torch.zeros_like(x)
 
-    def noting_too(prompt, batch, height, width):
+    def noting_too(prompt, batch, height, width, *known):
         conditions.append((height, width))
-        return condition(prompt, batch, height, width)
+        return condition(prompt, batch, height, width, *known)
     monkeypatch.setattr(UNet, "forward", noting)
     monkeypatch.setattr(tiny, "conditions", noting_too)
     tiny.sample("a star", steps=50, freescale=FreeScale(((64, 64), (128, 128))), callback=lambda i, _: steps.append(i))
