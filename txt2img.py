@@ -98,9 +98,6 @@ class StableDiffusion:
         load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
         for name, text in zip(("text_encoder", "text_encoder_2"), texts):
             load_weights(text, folder / f"{name}.safetensors", home, dtype)
-        if dtype != torch.float32:                                     # half-precision convolutions want this layout
-            unet.to(memory_format=torch.channels_last)
-            vae.to(memory_format=torch.channels_last)
         if compiled:
             frozen = {"freezing": True} if torch.device(device).type == "cpu" else None      # weights laid out once
             # behind the limit, PyTorch runs without graphs; its own, 8, is less than a few caches and batches need

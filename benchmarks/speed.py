@@ -45,7 +45,17 @@ from torch.utils.flop_counter import flop_registry
 
 from clip_text import TextConfig, TextEncoder
 from convert_weights import FAMILIES
-from folder import TINY, InputError, ModelConfig, build, read_config, replacing, run_command, write_config
+from folder import (
+    TINY,
+    InputError,
+    ModelConfig,
+    build,
+    load_weights,
+    read_config,
+    replacing,
+    run_command,
+    write_config,
+)
 from lab.freeu_study import mixed_prompts
 from memory import FusedAttention, Meter, weight_bytes
 from txt2img import StableDiffusion
@@ -222,6 +232,12 @@ def inputs(row: Row, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return given
 
 
+def our_part(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """One module of a folder, as `StableDiffusion.load` reads it."""
+    kind, config = next((kind, config) for part, kind, config in parts(read_config(folder)) if part == name)
+    return load_weights(build(kind, config), folder / f"{name}.safetensors", device, dtype)
+
+
 def our_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype) -> Side:
     if row.what in ("load", "read"):
         return lambda: weights_of(StableDiffusion.load(folder, device, dtype), row.what == "read"), []
@@ -229,24 +245,25 @@ def our_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype
         arguments = [ROOT / "txt2img.py", PROMPT, "--model", folder, "--steps", STEPS, "--out", work / "ours.png",
                      "--device", device, "--dtype", "float32"]
         return lambda: run_script([*map(str, arguments)], work / "ours.png"), []
-    sd = StableDiffusion.load(folder, device, dtype, compiled=row.compiled)
-    if row.what == "many":
-        return lambda: draw_many(sd, 8), [sd.unet, sd.vae, *sd.text_encoders]
     given = inputs(row, device, dtype)
     x = given["x"]
+    if row.what in ("many", "picture", "unet"):
+        sd = StableDiffusion.load(folder, device, dtype, compiled=row.compiled)
+        modules = [sd.unet, sd.vae, *sd.text_encoders]
+    if row.what == "many":
+        return lambda: draw_many(sd, 8), modules
     if row.what == "picture":
         negative, positive = given["context"].chunk(2)
-        noise, modules = x[:1].float(), [sd.unet, sd.vae, *sd.text_encoders]
-        return lambda: sd.decode(sd.sample(positive, negative, FEW, cfg_scale=7.5, noise=noise)), modules
+        return lambda: sd.decode(sd.sample(positive, negative, FEW, cfg_scale=7.5, noise=x[:1].float())), modules
     if row.what == "unet":
         added = sd.size_conditioning(given["pooled"], given["sizes"]) if "pooled" in given else None
         text, shifts = sd.unet.embed_text(given["context"]), sd.unet.embed_time(given["t"], added)
         return lambda: sd.unet(x, shifts, text), [sd.unet]
-    if row.what == "decode":
-        return lambda: sd.vae.decode(x), [sd.vae]
-    if row.what == "encode":
-        return lambda: sd.vae.encode(given["image"])[0], [sd.vae]
-    return lambda: sd.text_encoders[-1](given["ids"])[0], sd.text_encoders[-1:]
+    if row.what in ("decode", "encode"):
+        vae = our_part("vae", folder, device, dtype)
+        return lambda: vae.decode(x) if row.what == "decode" else vae.encode(given["image"])[0], [vae]
+    text = our_part("text_encoder_2" if config_of(row.family).text_encoder_2 else "text_encoder", folder, device, dtype)
+    return lambda: text(given["ids"])[0], [text]
 
 
 def their_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype) -> Side:

@@ -3,6 +3,9 @@
 No time is asserted here.
 """
 import argparse
+import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -134,6 +137,30 @@ def test_a_text_that_stands_twice_in_a_batch_is_encoded_once(tmp_path, monkeypat
     assert seen == [["a", "red"]] * 2
     assert torch.equal(context[0], context[2]) and torch.equal(pooled[0], pooled[2])
     assert not torch.equal(context[0], context[1])
+
+
+def test_convolutions_are_laid_out_for_their_precision_as_they_are_loaded(tmp_path):
+    folder = make_folder(tmp_path / "narrow")
+    for dtype, last in ((torch.bfloat16, True), (torch.float32, False)):
+        sd = StableDiffusion.load(folder, dtype=dtype)
+        for weight in (sd.unet.mid_block.resnets[0].conv1.weight, sd.vae.decoder.mid_block.resnets[0].conv1.weight):
+            assert weight.is_contiguous(memory_format=torch.channels_last) == last != weight.is_contiguous()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="it is glibc that is asked")
+def test_a_command_uses_its_freed_memory_again():
+    """120 MB of tensors, freed and made again: without `reuse_memory` every page of them is a new one."""
+    script = ("import resource, torch\nfrom folder import run_command\n"
+              "def touch():\n    for x in [torch.empty(5 << 20) for _ in range(6)]: x.fill_(1)\n"
+              "def faults():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+              "def main():\n    touch(), touch()\n    before = faults()\n    touch(), touch(), touch()\n"
+              "    print(faults() - before)\n")
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    ours, plain = (int(subprocess.run([sys.executable, "-c", script + call], capture_output=True, text=True, check=True,
+                                      cwd=speed.ROOT, env=env).stdout) for call in ("run_command(main)", "main()"))
+    if plain < 1000:
+        pytest.skip("this system counts no new pages, or gives large ones to everybody")
+    assert ours < 100
 
 
 def test_wide_layers_are_the_same_as_convolutions():
