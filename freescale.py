@@ -239,26 +239,29 @@ def attend_windows(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, wind
     Around the map lie as many zeros as windows can stray (an eighth of one). They are keys like any other: as queries,
     keys and values have no bias, that is what the official zeros around the hidden states come to.
     """
-    (rows, height, width, channels), (tall, wide_) = q.shape, window
+    (rows, height, width, _), (tall, wide_) = q.shape, window
     pad_y, pad_x = tall // 8, wide_ // 8
     padded = rows, height + 2 * pad_y, width + 2 * pad_x
     q, k, v = (F.pad(m, (0, 0, pad_x, pad_x, pad_y, pad_y)).flatten(0, 2) for m in (q, k, v))
 
-    # Numbers of tokens in these flat maps: of every window's first, and how far the others lie behind it
-    y, x = (torch.arange(side, device=q.device) for side in window)
+    # Token numbers in these flat maps: each window's first, (B * V,), and how far behind it the others are
+    row, y, x = (torch.arange(n, device=q.device) for n in (rows, tall, wide_))
+    first = ((row[:, None] * padded[1] + starts[..., 0]) * padded[2] + starts[..., 1]).flatten()
     behind = (y[:, None] * padded[2] + x).flatten()
-    row = torch.arange(rows, device=q.device)[:, None] * (padded[1] * padded[2])
-    first = (row + starts[..., 0] * padded[2] + starts[..., 1]).flatten()
 
     total = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
     count = total.new_zeros(len(total), 1)
     for some in first.split(max(WINDOW_TOKENS // len(behind), 1)):
         tokens = (some[:, None] + behind).flatten()
-        heads = [attention.split(m.index_select(0, tokens).unflatten(0, (-1, len(behind)))) for m in (q, k, v)]
-        total.index_add_(0, tokens, attention.attend(*heads).flatten(0, 1).to(total.dtype))
-        count.index_add_(0, tokens, count.new_ones(len(tokens), 1))
-    mean = (total / count).unflatten(0, padded)
-    return mean[:, pad_y:pad_y + height, pad_x:pad_x + width]
+        heads = [attention.split(m.index_select(0, tokens).unflatten(0, (len(some), -1))) for m in (q, k, v)]
+        out = attention.attend(*heads).flatten(0, 1).to(total.dtype)
+        if total.is_cuda:                                              # there index_add_ adds in no fixed order
+            total.index_put_((tokens,), out, accumulate=True)
+        else:
+            total.index_add_(0, tokens, out)
+        count.index_add_(0, tokens, torch.ones_like(out[:, :1]))
+    inside = (slice(None), slice(pad_y, pad_y + height), slice(pad_x, pad_x + width))
+    return total.unflatten(0, padded)[inside] / count.unflatten(0, padded)[inside]
 
 
 def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor) -> Tensor:
@@ -283,7 +286,7 @@ def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor)
 
 
 def scramble(x: Tensor) -> Tensor:
-    """Numbers 0 to 2^32 - 1 (int64) to others that look like chance: what a compiled graph has in place of a generator."""
+    """Whole numbers below 2^32 to others that look like chance, int64: a compiled graph's stand-in for a generator."""
     for _ in range(2):
         x = (x ^ x >> 16) * 0x45D9F3B & 0xFFFFFFFF
     return x ^ x >> 16

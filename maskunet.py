@@ -80,11 +80,13 @@ class Gumbel:
         return -torch.expm1(-logits.exp()) if self.form == 1 else logits.sigmoid()
 
 
-def draw(shape: list[int], states: list[Tensor]) -> Tensor:
-    """Numbers in [0, 1) (R, *shape) on the CPU, row k from the generator in state k, and the states go on.
+def uniform(shape: list[int], states: list[Tensor]) -> Tensor:
+    """Numbers in [0, 1) (R, *shape), row k from the generator in state k, on the CPU in float32; the states go on.
 
-    States instead of generators, because a compiled graph holds tensors: there this function is one operator.
+    States instead of generators, because a compiled graph holds tensors: in there this function is one operator.
     """
+    if torch.compiler.is_compiling():
+        return uniform_operator(shape, states)
     rows, generator = [], torch.Generator()
     for state in states:
         generator.set_state(state)
@@ -93,19 +95,14 @@ def draw(shape: list[int], states: list[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-operator = torch.library.custom_op("maskunet::draw", draw, mutates_args={"states"})
-operator.register_fake(lambda shape, states: torch.empty(len(states), *shape))
-
-
-def uniform(shape: list[int], states: list[Tensor]) -> Tensor:
-    """`draw`; by itself the operator would import the compiler, which takes a second."""
-    return operator(shape, states) if torch.compiler.is_compiling() else draw(shape, states)
+uniform_operator = torch.library.custom_op("maskunet::uniform", uniform, mutates_args={"states"})
+uniform_operator.register_fake(lambda shape, states: torch.empty(len(states), *shape))
 
 
 def exponential(shape: torch.Size, states: list[Tensor]) -> Tensor:
-    """Noise (R, *shape) of mean 1, row k from the generator in state k, on the CPU in float32.
+    """Noise (R, *shape) of mean 1, from `uniform` numbers.
 
-    That costs time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
+    They cost time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
     weights that SD 1.x masks (SDXL: 483), at every step, for each image and half of guidance. The modes "threshold" and
     "expected" draw none.
     """
@@ -286,19 +283,21 @@ class MaskRun:
     unet: UNet
     seeds: list[int]                               # one an image
     halves: tuple[int, ...]                        # with guidance 0, the rows without the prompt, and 1, those with it
-    layers: dict[str, nn.Linear] = field(init=False)
+    layers: dict[str, nn.Linear] = field(init=False)                   # that are masked, and the up blocks they are in
+    levels: set[int] = field(init=False)
     cores: dict[tuple, Tensor | None] = field(default_factory=dict)    # by up block and halves; DeepCache reuses them
     kept: Tensor = field(init=False)               # sum of all masks so far, and how many
     total: Tensor = field(init=False)
     step: int = 0
     steps: tuple[int, ...] = (0,)                  # the present one, or those of a batch
     passes: list[int] = field(default_factory=list)
-    index: list[int] | None = None                 # of each row's noise among those that differ; None: all do
-    states: Tensor | None = None                   # of their generators, for each up unit; None: there is no chance
+    index: list[int] | None = None                 # of each row's generator; None: all rows have one of their own
+    states: Tensor | None = None                   # of all generators, for each up unit; None: nothing is drawn
     searches = False
 
     def __post_init__(self) -> None:
         self.layers = masked_layers(self.unet, self.masks.source.layers)
+        self.levels = {int(name.split(".")[1]) for name in self.layers}
         self.kept = torch.zeros((), device=self.unet.conv_in.weight.device)
         self.total = torch.zeros_like(self.kept, dtype=torch.int64)
 
@@ -323,7 +322,7 @@ class MaskRun:
                 for image, (seed, k) in enumerate(zip(self.seeds, self.passes))]
 
     def make_states(self) -> None:
-        """What the U-Net then draws from: seeds change at every step, and in there each would be a graph of its own."""
+        """This step's generators. Made in the U-Net, each step's would make a compiled graph of their own."""
         rows = self.rows
         different = list(dict.fromkeys(rows))
         self.index = None if len(different) == len(rows) else [different.index(row) for row in rows]
@@ -349,7 +348,7 @@ class MaskRun:
         config = self.unet.config
         level, j = divmod(i, config.layers + 1)
         prefix = f"up_blocks.{level}.attentions.{j}."
-        if not any(name.startswith(f"up_blocks.{level}.") for name in self.layers):
+        if level not in self.levels:
             return None
         if j == 0:
             self.cores[level, self.halves] = self.masks.source.core(level, h, skip, emb)

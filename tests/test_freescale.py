@@ -280,7 +280,8 @@ RESTRAINED = {("sdxl", 2): [n for n in SD_LAYERS if "blocks.3" not in n and n !=
 @pytest.mark.parametrize("family,level", RESTRAINED)
 def test_exactly_the_published_layers_are_dilated_along_each_axis_by_its_own_factor(family, level, monkeypatch):
     c, seen = CONFIGS[family], []
-    scale = Scale(FreeScale(((64, 64),), native=8, attention="global", dilate_from=level), (32, 16), True, torch.zeros(1, 1))
+    free = FreeScale(((64, 64),), native=8, attention="global", dilate_from=level)
+    scale = Scale(free, (32, 16), True, torch.zeros(1, 1))
     with torch.device("meta"):
         unet = UNet(c)
         names = {conv: name for name, conv in unet.named_modules()}
