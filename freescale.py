@@ -10,6 +10,7 @@ Source: FreeScale, arXiv 2412.09626. Checked against outputs of the official cod
 from the paper in what `blur` and `restart` below say; `--freescale-official` of txt2img.py sets all its defaults.
 """
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -100,7 +101,7 @@ class FreeScale:
         """What the sampling loop makes for a stage of latents (h, w). Draws one number an image and step."""
         if self.native is None:
             raise ValueError("FreeScale needs the latent side of the training pictures: pass native (SD 1.5: 64)")
-        seeds = [torch.randint(2 ** 62, (steps,), generator=g).tolist() for g in generators]
+        seeds = torch.stack([torch.randint(2 ** 31, (steps,), generator=g) for g in generators], dim=1)
         alpha = self.detail
         if isinstance(alpha, Tensor):
             alpha = F.interpolate(alpha[None, None].float(), size, mode="nearest")           # (1, 1, h, w)
@@ -111,12 +112,12 @@ class FreeScale:
 class Stage:
     """One stage of a run, a local variable of the sampling loop. Its steps know no past: any of them can be repeated.
 
-    seeds: for each image one number a step, from which that step's windows are drawn.
+    seeds: (steps, images), from which a step's windows are made.
     """
     settings: FreeScale
     size: tuple[int, int]
     steps: int
-    seeds: list[list[int]]
+    seeds: Tensor
     alpha: float | Tensor
 
     def mix(self, x: Tensor, init: Tensor, noise: Tensor, alpha_bar: float, t: float, train_steps: int) -> Tensor:
@@ -131,26 +132,30 @@ class Stage:
 
     def at(self, step: int) -> "Scale":
         """What acts at this step, each time the same: both halves of guidance see the same windows."""
-        generators = [torch.Generator().manual_seed(seeds[step]) for seeds in self.seeds]
-        return Scale(self.settings, self.size, step / self.steps < self.settings.dilate, [generators])
+        return Scale(self.settings, self.size, step / self.steps < self.settings.dilate, self.seeds[step:step + 1])
 
 
 @dataclass(eq=False)
 class Scale:
     """FreeScale at one step, for the U-Net.
 
-    generators: of each image, for the windows. Rows of the U-Net's batch belong to the images in turn (the halves of
-    guidance are such turns); a batch of several steps has a list of generators for each, see `together`.
+    seeds: (steps, images), of the next attention's windows. Rows of the U-Net's batch belong to the images in turn (the
+    halves of guidance are such turns), and those of a further step stand behind them, see `together`.
     """
     settings: FreeScale
     size: tuple[int, int]
     dilated: bool
-    generators: list[list[torch.Generator]] = field(default_factory=list)
+    seeds: Tensor
+    taps: list[float] = field(init=False)          # of the blur, along each axis
+
+    def __post_init__(self) -> None:
+        self.taps = gaussian(2 * math.ceil(max(self.size) / self.settings.native) - 1).tolist()
 
     @staticmethod
     def together(steps: list["Scale"]) -> "Scale":
         """Several steps as one batch, the rows of one step behind those of the other (see `Features.decode_ahead`)."""
-        return Scale(steps[0].settings, steps[0].size, steps[0].dilated, [g for s in steps for g in s.generators])
+        seeds = torch.cat([s.seeds.to(steps[0].seeds.device) for s in steps])
+        return Scale(steps[0].settings, steps[0].size, steps[0].dilated, seeds)
 
     def dilation(self, unit: int | None, config: Shape) -> tuple[int, int] | None:
         """Distance of the taps of down unit 0, 1, ... (None: the middle) along both axes; None: not dilated.
@@ -178,23 +183,22 @@ class Scale:
         s = self.settings
         if window == grid or (s.attention == "global" and not s.fast):
             return attention(x, attention.keys_values(x, masks), masks)     # one window is all of it: plain attention
-        images = len(self.generators[0])
-        drawn = [place_windows(grid, window, g) for step in self.generators for g in step]
-        rows = len(x) // len(self.generators)                          # of one step
-        starts = [drawn[row // rows * images + row % images] for row in range(len(x))]
-        taps = gaussian(2 * math.ceil(max(self.size) / s.native) - 1)
+        seeds = self.seeds.to(x.device)
+        self.seeds = seeds + 1                                         # each attention has windows of its own
+        halves = len(x) // seeds.numel()
+        starts = place_windows(grid, window, seeds.repeat(1, halves).flatten())
         parts = tuple(-(-n // w) for n, w in zip(grid, window)) if s.fast else (1, 1)
-        return fuse(attention, x, grid, window, starts, taps, s.blur, parts, s.attention, masks)
+        return fuse(attention, x, grid, window, starts, self.taps, s.blur, parts, s.attention, masks)
 
 
 # -------------------------------------------------------------------------------------------------------- scale fusion
 
-def fuse(attention: "Attention", x: Tensor, grid: tuple[int, int], window: tuple[int, int], starts: list[Tensor],
-         taps: Tensor, blur: str = "spatial", parts: tuple[int, int] = (1, 1), kind: str = "fused",
+def fuse(attention: "Attention", x: Tensor, grid: tuple[int, int], window: tuple[int, int], starts: Tensor,
+         taps: Sequence[float], blur: str = "spatial", parts: tuple[int, int] = (1, 1), kind: str = "fused",
          masks: AttentionMasks = UNMASKED) -> Tensor:
     """Low frequencies of local attention plus high frequencies of global attention. (B, N, C) -> (B, N, C)
 
-    starts: of every row's windows, (V, 2), see `place_windows`. taps: the blur along each axis. parts: sub-grids for
+    starts: of every row's windows, (B, V, 2), see `place_windows`. taps: the blur along each axis. parts: sub-grids for
     the global attention. With L local, G global: blur(L) + G - blur(G) = G + blur(L - G), which needs one blur. The
     output projection is affine and a spatial blur acts on every channel alike, so one projection of the sum is enough;
     a blur over channels needs both projected before it.
@@ -229,7 +233,7 @@ def attend_parts(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, parts:
 
 
 def attend_windows(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int],
-                   starts: list[Tensor]) -> Tensor:
+                   starts: Tensor) -> Tensor:
     """Attention within each window, averaged where windows overlap. (B, H, W, C) each -> (B, H, W, C), float32
 
     Around the map lie as many zeros as windows can stray (an eighth of one). They are keys like any other: as queries,
@@ -237,24 +241,31 @@ def attend_windows(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, wind
     """
     (rows, height, width, _), (tall, wide_) = q.shape, window
     pad_y, pad_x = tall // 8, wide_ // 8
-    q, k, v = (F.pad(m, (0, 0, pad_x, pad_x, pad_y, pad_y)) for m in (q, k, v))
+    padded = rows, height + 2 * pad_y, width + 2 * pad_x
+    q, k, v = (F.pad(m, (0, 0, pad_x, pad_x, pad_y, pad_y)).flatten(0, 2) for m in (q, k, v))
+
+    # Token numbers in these flat maps: each window's first, (B * V,), and how far behind it the others are
+    row, y, x = (torch.arange(n, device=q.device) for n in (rows, tall, wide_))
+    first = ((row[:, None] * padded[1] + starts[..., 0]) * padded[2] + starts[..., 1]).flatten()
+    behind = (y[:, None] * padded[2] + x).flatten()
+
     total = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-    count = total.new_zeros(*total.shape[:3], 1)
-    windows = [(row, top, left) for row in range(rows) for top, left in starts[row].tolist()]
-    chunk = max(WINDOW_TOKENS // (tall * wide_), 1)
-    for begin in range(0, len(windows), chunk):
-        places = [(row, slice(top, top + tall), slice(left, left + wide_))
-                  for row, top, left in windows[begin:begin + chunk]]
-        heads = [attention.split(torch.stack([m[place] for place in places]).flatten(1, 2)) for m in (q, k, v)]
-        for place, out in zip(places, attention.attend(*heads).unflatten(1, window)):
-            total[place].add_(out)
-            count[place].add_(1)
+    count = total.new_zeros(len(total), 1)
+    for some in first.split(max(WINDOW_TOKENS // len(behind), 1)):
+        tokens = (some[:, None] + behind).flatten()
+        heads = [attention.split(m.index_select(0, tokens).unflatten(0, (len(some), -1))) for m in (q, k, v)]
+        out = attention.attend(*heads).flatten(0, 1).to(total.dtype)
+        if total.is_cuda:                                              # there index_add_ adds in no fixed order
+            total.index_put_((tokens,), out, accumulate=True)
+        else:
+            total.index_add_(0, tokens, out)
+        count.index_add_(0, tokens, torch.ones_like(out[:, :1]))
     inside = (slice(None), slice(pad_y, pad_y + height), slice(pad_x, pad_x + width))
-    return total[inside] / count[inside]
+    return total.unflatten(0, padded)[inside] / count.unflatten(0, padded)[inside]
 
 
-def place_windows(grid: tuple[int, int], window: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Top and left of every window (V, 2), counted from the corner of the padded map.
+def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor) -> Tensor:
+    """Top and left of every window, counted from the corner of the padded map. Seeds of any shape -> (..., V, 2)
 
     Windows are half a window apart, the last one ends with the map. Each strays by up to an eighth of a window, but the
     first of an axis not inwards and the last not either, so that nothing is left uncovered.
@@ -262,15 +273,23 @@ def place_windows(grid: tuple[int, int], window: tuple[int, int], generator: tor
     bases, lows, highs = [], [], []
     for size, side in zip(grid, window):
         count = 1 + -(-(size - side) // max(side // 2, 1))
-        base = (torch.arange(count) * max(side // 2, 1)).clamp(max=size - side)
+        base = (torch.arange(count, device=seeds.device) * max(side // 2, 1)).clamp(max=size - side)
         stray = side // 8
-        low, high = torch.full((count,), -stray), torch.full((count,), stray)
+        low, high = torch.full_like(base, -stray), torch.full_like(base, stray)
         low[-1], high[0] = 0, 0
         if count == 1:
             low[0] = 0
         bases, lows, highs = [*bases, base + stray], [*lows, low], [*highs, high]
     base, low, high = (torch.cartesian_prod(*axes) for axes in (bases, lows, highs))         # (V, 2) each
-    return base + low + torch.randint(2 ** 31, base.shape, generator=generator) % (high - low + 1)
+    places = torch.arange(base.numel(), device=seeds.device).view_as(base)
+    return base + low + scramble(scramble(seeds)[..., None, None] + places) % (high - low + 1)
+
+
+def scramble(x: Tensor) -> Tensor:
+    """Whole numbers below 2^32 to others that look like chance, int64: a compiled graph's stand-in for a generator."""
+    for _ in range(2):
+        x = (x ^ x >> 16) * 0x45D9F3B & 0xFFFFFFFF
+    return x ^ x >> 16
 
 
 def gaussian(size: int, sigma: float = 1.0) -> Tensor:
@@ -280,13 +299,13 @@ def gaussian(size: int, sigma: float = 1.0) -> Tensor:
     return g / g.sum()
 
 
-def smooth(x: Tensor, taps: Tensor, dims: tuple[int, ...]) -> Tensor:
+def smooth(x: Tensor, taps: Sequence[float], dims: tuple[int, ...]) -> Tensor:
     """x filtered along each of the axes, with zeros around it."""
     middle = len(taps) // 2
     for dim in dims:
-        out = x * taps[middle].item()
+        out = x * float(taps[middle])
         for d in range(1, min(middle, x.shape[dim] - 1) + 1):
-            n, g = x.shape[dim] - d, taps[middle + d].item()
+            n, g = x.shape[dim] - d, float(taps[middle + d])
             out.narrow(dim, d, n).add_(x.narrow(dim, 0, n), alpha=g)
             out.narrow(dim, 0, n).add_(x.narrow(dim, d, n), alpha=g)
         x = out

@@ -222,7 +222,8 @@ def demo_fusion(unet: UNet, native: int, generator: torch.Generator, sigma: floa
         total, count = torch.zeros_like(padded), torch.zeros_like(padded[:1, :1])
         inside = (slice(None), slice(None), slice(pad, pad + grid[0]), slice(pad, pad + grid[1]))
         stray = [side // 8 for side in window]                         # of a shorter axis, less: see `place_windows`
-        starts = place_windows(grid, window, generator) + torch.tensor([pad - s for s in stray])
+        seed = torch.randint(2 ** 31, (), generator=generator)
+        starts = place_windows(grid, window, seed) + torch.tensor([pad - s for s in stray])
         for part in starts.split(batch):
             places = [(slice(None), slice(None), slice(i, i + window[0]), slice(j, j + window[1]))
                       for i, j in part.tolist()]

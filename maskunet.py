@@ -80,14 +80,33 @@ class Gumbel:
         return -torch.expm1(-logits.exp()) if self.form == 1 else logits.sigmoid()
 
 
-def exponential(shape: torch.Size, generators: list[torch.Generator]) -> Tensor:
-    """Noise (R, *shape) of mean 1, row k from generator k, on the CPU in float32.
+def uniform(shape: list[int], states: list[Tensor]) -> Tensor:
+    """Numbers in [0, 1) (R, *shape), row k from the generator in state k, on the CPU in float32; the states go on.
 
-    That costs time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
+    States instead of generators, because a compiled graph holds tensors: in there this function is one operator.
+    """
+    if torch.compiler.is_compiling():
+        return uniform_operator(shape, states)
+    rows, generator = [], torch.Generator()
+    for state in states:
+        generator.set_state(state)
+        rows.append(torch.rand(shape, generator=generator))
+        state.copy_(generator.get_state())
+    return torch.stack(rows)
+
+
+uniform_operator = torch.library.custom_op("maskunet::uniform", uniform, mutates_args={"states"})
+uniform_operator.register_fake(lambda shape, states: torch.empty(len(states), *shape))
+
+
+def exponential(shape: torch.Size, states: list[Tensor]) -> Tensor:
+    """Noise (R, *shape) of mean 1, from `uniform` numbers.
+
+    They cost time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
     weights that SD 1.x masks (SDXL: 483), at every step, for each image and half of guidance. The modes "threshold" and
     "expected" draw none.
     """
-    noise = torch.stack([-torch.log1p(-torch.rand(shape, generator=g)) for g in generators])
+    noise = -torch.log1p(-uniform(shape, states))
     return noise.clamp_(min=2.0 ** -25)            # once in 2^24 draws it is 0, whose logarithm makes NaN of logit -inf
 
 
@@ -168,7 +187,7 @@ class DynamicMasks(nn.Module):
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
         return self.generators[str(level)](h, skip, emb)
 
-    def logits(self, name: str, layer: nn.Linear, core: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def logits(self, name: str, layer: nn.Linear, core: Tensor, states: list[Tensor]) -> Tensor:
         return self.lifts[key(name)](core)                             # (B, o, i)
 
 
@@ -188,7 +207,7 @@ class StaticMasks(nn.Module):
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
         return None
 
-    def logits(self, name: str, layer: nn.Linear, core: None, generators: list[torch.Generator]) -> Tensor:
+    def logits(self, name: str, layer: nn.Linear, core: None, states: list[Tensor]) -> Tensor:
         return self.values[key(name)]
 
 
@@ -211,17 +230,15 @@ class RandomMasks:
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
         return None
 
-    def logits(self, name: str, layer: nn.Linear, core: None, generators: list[torch.Generator]) -> Tensor:
+    def logits(self, name: str, layer: nn.Linear, core: None, states: list[Tensor]) -> Tensor:
         w = layer.weight
         if not self.window:                                            # exp(-exp(logit)) = ratio
             return torch.full_like(w, math.log(-math.log(self.ratio)) if 0 < self.ratio < 1 else
                                    math.inf if self.ratio == 0 else -math.inf, dtype=torch.float32)
         order, count = w.flatten().argsort(), round(self.ratio * w.numel())
-        logits = torch.full((len(generators), w.numel()), math.inf, device=w.device)
-        for row, generator in zip(logits, generators):
-            start = int(torch.randint(w.numel() - count + 1, (), generator=generator))
-            row[order[start:start + count]] = -math.inf
-        return logits.unflatten(1, w.shape)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(w.numel(), device=w.device)).view_as(w)
+        start = (uniform([], states).double() * (w.numel() - count + 1)).long().to(w.device)[:, None, None]
+        return torch.where((start <= rank) & (rank < start + count), -math.inf, math.inf)
 
 
 def key(name: str) -> str:
@@ -266,26 +283,35 @@ class MaskRun:
     unet: UNet
     seeds: list[int]                               # one an image
     halves: tuple[int, ...]                        # with guidance 0, the rows without the prompt, and 1, those with it
-    layers: dict[str, nn.Linear] = field(init=False)
+    layers: dict[str, nn.Linear] = field(init=False)                   # that are masked, and the up blocks they are in
+    levels: set[int] = field(init=False)
     cores: dict[tuple, Tensor | None] = field(default_factory=dict)    # by up block and halves; DeepCache reuses them
-    kept: float | Tensor = 0.0                     # sum of all masks so far, and how many
-    total: int = 0
+    kept: Tensor = field(init=False)               # sum of all masks so far, and how many
+    total: Tensor = field(init=False)
     step: int = 0
     steps: tuple[int, ...] = (0,)                  # the present one, or those of a batch
     passes: list[int] = field(default_factory=list)
+    index: list[int] | None = None                 # of each row's generator; None: all rows have one of their own
+    states: Tensor | None = None                   # of all generators, for each up unit; None: nothing is drawn
     searches = False
 
     def __post_init__(self) -> None:
         self.layers = masked_layers(self.unet, self.masks.source.layers)
+        self.levels = {int(name.split(".")[1]) for name in self.layers}
+        self.kept = torch.zeros((), device=self.unet.conv_in.weight.device)
+        self.total = torch.zeros_like(self.kept, dtype=torch.int64)
 
     def at(self, *steps: int, passes: list[int] | None = None) -> "MaskRun":
         """Set for this step, or for several in one batch. passes: each image's, where a search tries many."""
         self.step, self.steps, self.passes = steps[0], steps, [0] * len(self.seeds) if passes is None else passes
+        self.make_states()
         return self
 
     def of(self, halves: tuple[int, ...]) -> "MaskRun":
         """Set for a batch of these halves of guidance."""
-        self.halves = halves
+        if halves != self.halves:
+            self.halves = halves
+            self.make_states()
         return self
 
     @property
@@ -295,13 +321,23 @@ class MaskRun:
                 for step in self.steps for half in self.halves
                 for image, (seed, k) in enumerate(zip(self.seeds, self.passes))]
 
+    def make_states(self) -> None:
+        """This step's generators. Made in the U-Net, each step's would make a compiled graph of their own."""
+        rows = self.rows
+        different = list(dict.fromkeys(rows))
+        self.index = None if len(different) == len(rows) else [different.index(row) for row in rows]
+        if self.masks.mode == "sample" or isinstance(self.masks.source, RandomMasks):
+            self.states = torch.stack([torch.stack([
+                torch.Generator().manual_seed(mix(*row[1:], i)).get_state() for row in different])
+                for i in range(len(self.unet.up_units()))])
+
     def search(self, predict: Callable[[], Tensor]) -> None:
         """`MaskSearch`'s place in the loop: these masks are given."""
 
     @property
     def density(self) -> float:
         """The part of the weights that was kept so far."""
-        return float(self.kept) / max(self.total, 1)
+        return float(self.kept) / max(int(self.total), 1)
 
     def unit(self, i: int, h: Tensor, skip: Tensor,
              emb: Tensor) -> Iterator[tuple[AttentionMasks, AttentionMasks]] | None:
@@ -312,7 +348,7 @@ class MaskRun:
         config = self.unet.config
         level, j = divmod(i, config.layers + 1)
         prefix = f"up_blocks.{level}.attentions.{j}."
-        if not any(name.startswith(f"up_blocks.{level}.") for name in self.layers):
+        if level not in self.levels:
             return None
         if j == 0:
             self.cores[level, self.halves] = self.masks.source.core(level, h, skip, emb)
@@ -320,26 +356,22 @@ class MaskRun:
 
     def blocks(self, prefix: str, depth: int, core: Tensor | None,
                i: int) -> Iterator[tuple[AttentionMasks, AttentionMasks]]:
-        rows = self.rows
-        different = list(dict.fromkeys(rows))
-        index = None if len(different) == len(rows) else [different.index(row) for row in rows]
-        generators = [torch.Generator().manual_seed(mix(*row[1:], i)) for row in different]
+        states = [] if self.states is None else [state.clone() for state in self.states[i]]
         for b in range(depth):
             names = [[f"{prefix}transformer_blocks.{b}.{attention}.{linear}" for linear in LINEARS]
                      for attention in ("attn1", "attn2")]
-            yield tuple(AttentionMasks(*(self.mask(name, core, generators, index) for name in four)) for four in names)
+            yield tuple(AttentionMasks(*(self.mask(name, core, states) for name in four)) for four in names)
 
-    def mask(self, name: str, core: Tensor | None, generators: list[torch.Generator],
-             index: list[int] | None) -> Tensor | None:
+    def mask(self, name: str, core: Tensor | None, states: list[Tensor]) -> Tensor | None:
         """One layer's mask (B, o, i), or (o, i) where all rows have the same; None: the layer is not masked."""
         if name not in self.layers:
             return None
         layer, source, mode = self.layers[name], self.masks.source, self.masks.mode
 
         def spread(x: Tensor) -> Tensor:                               # one row a generator -> one row of the batch
-            return x[0] if len(x) == 1 else x if index is None else x[index]
+            return x[0] if len(x) == 1 else x if self.index is None else x[self.index]
 
-        logits = source.logits(name, layer, core, generators)
+        logits = source.logits(name, layer, core, states)
         if logits.dim() == 3 and core is None:
             logits = spread(logits)
         if mode == "expected":
@@ -347,7 +379,7 @@ class MaskRun:
         elif mode == "threshold":
             m = source.gumbel.mask(logits, torch.full_like(logits, math.log(2)))
         else:
-            noise = exponential(layer.weight.shape, generators).to(logits.device)
+            noise = exponential(layer.weight.shape, states).to(logits.device)
             m = source.gumbel.mask(logits, spread(noise))
         self.kept, self.total = self.kept + m.detach().sum(), self.total + m.numel()
         return m

@@ -83,8 +83,7 @@ class StableDiffusion:
             of guidance run one after the other. The same pictures, with less memory and somewhat slower.
         compiled: torch.compile makes one graph of the U-Net, at its first call and again for every other size, batch
             or set of techniques: minutes for a large model, so for many pictures of one kind. Parallel Faster Diffusion
-            has a graph of the encoder, and one of the decoder for each number of steps in a batch. Masks (in any mode)
-            and FreeScale use random generators inside the U-Net, where graphs break: right, but with less to gain.
+            has a graph of the encoder, and one of the decoder for each number of steps in a batch.
         """
         folder = Path(folder)
         config = read_config(folder)

@@ -77,7 +77,7 @@ def block() -> TransformerBlock:
 @pytest.mark.parametrize("case", [name for name in CASES if f"{name}.out" in GOLDEN.keys()])
 def test_a_block_with_scale_fusion_equals_the_official_one(block, case):
     facts, views, x = CASES[case], golden(f"{case}.views").long(), golden("A.x")
-    window, starts = tuple((views[0, 1::2] - views[0, ::2]).tolist()), [views[:, ::2]] * len(x)
+    window, starts = tuple((views[0, 1::2] - views[0, ::2]).tolist()), views[:, ::2].expand(len(x), -1, -1)
     parts = (2, 2) if facts["fast"] else (1, 1)
 
     def fused(attention, h, grid, masks):
@@ -119,7 +119,7 @@ def attention(channels: int = 16, heads: int = 2) -> Attention:
 
 def parts_of(grid=(16, 16), window=(8, 8), rows: int = 2) -> tuple:
     """An attention, hidden states and windows to fuse."""
-    starts = [place_windows(grid, window, seeded(k)) for k in range(rows)]
+    starts = place_windows(grid, window, torch.arange(rows))
     return attention(), randn(rows, grid[0] * grid[1], 16, dtype=torch.float64), grid, window, starts
 
 
@@ -144,9 +144,9 @@ def test_a_blur_that_keeps_the_mean_alone_adds_the_means_difference():
 @pytest.mark.parametrize("blur", ["spatial", "official"])
 def test_one_window_that_covers_the_map_is_plain_attention(blur):
     a, x, grid, *_ = parts_of()
-    starts = [place_windows(grid, grid, seeded())] * len(x)
+    starts = place_windows(grid, grid, torch.zeros(len(x), dtype=torch.long))
     assert (fuse(a, x, grid, grid, starts, gaussian(7), blur) - a(x, a.keys_values(x))).abs().max() < 1e-12
-    scale = Scale(settings(NATIVE, NATIVE), (NATIVE, NATIVE), True, [[seeded()]])
+    scale = Scale(settings(NATIVE, NATIVE), (NATIVE, NATIVE), True, torch.zeros(1, 1, dtype=torch.long))
     x = randn(1, NATIVE ** 2, 16, dtype=torch.float64)
     assert torch.equal(scale(a, x, (NATIVE, NATIVE)), a(x, a.keys_values(x)))
 
@@ -161,17 +161,17 @@ def test_windows_are_a_partition_of_unity_at_any_size(grid):
     same = types.SimpleNamespace(split=lambda x: x, attend=lambda q, k, v: v)      # "attention" that returns the values
     for side in (8, 7, 16):
         window = min(side, grid[0]), min(side, grid[1])
-        starts = [place_windows(grid, window, seeded(k)) for k in range(2)]
+        starts = place_windows(grid, window, torch.arange(2))
         v = randn(2, *grid, 3)
         assert (attend_windows(same, v, v, v, window, starts) - v).abs().max() < 1e-6
-        assert all((s >= 0).all() and (s + torch.tensor(window) <= torch.tensor(grid) + 2 * torch.tensor(
-            [w // 8 for w in window])).all() for s in starts)
+        assert (starts >= 0).all() and (starts + torch.tensor(window) <= torch.tensor(grid) + 2 * torch.tensor(
+            [w // 8 for w in window])).all()
 
 
 def test_windows_stray_by_an_eighth_and_their_number_is_the_papers():
     for r in (2, 4, 8):
-        assert len(place_windows((16 * r, 16 * r), (16, 16), seeded())) == (2 * r - 1) ** 2
-    many = torch.stack([place_windows((32, 64), (16, 16), seeded(k)) for k in range(200)]).unflatten(1, (3, 7))
+        assert len(place_windows((16 * r, 16 * r), (16, 16), torch.tensor(0))) == (2 * r - 1) ** 2
+    many = place_windows((32, 64), (16, 16), torch.arange(200)).unflatten(1, (3, 7))
     assert many[..., 0].amin((0, 2)).tolist() == [0, 8, 18] and many[..., 0].amax((0, 2)).tolist() == [2, 12, 20]
     assert many[..., 1].amin((0, 1)).tolist() == [0, 8, 16, 24, 32, 40, 50]
     assert many[..., 1].amax((0, 1)).tolist() == [2, 12, 20, 28, 36, 44, 52]
@@ -181,7 +181,7 @@ def test_windows_stray_by_an_eighth_and_their_number_is_the_papers():
 def test_uniform_attention_gives_means_of_windows():
     a, x, grid, window, _ = parts_of(rows=1)
     a.to_q.weight.zero_()
-    starts = [torch.tensor([[i, j] for i in (1, 5, 9) for j in (1, 5, 9)])]        # on the map itself: the padding is 1
+    starts = torch.tensor([[[i, j] for i in (1, 5, 9) for j in (1, 5, 9)]])        # on the map itself: the padding is 1
     v = a.to_v(x).unflatten(1, grid)[0]
     want, count = torch.zeros_like(v), torch.zeros(*grid, 1)
     for i, j in (starts[0] - 1).tolist():
@@ -280,7 +280,8 @@ RESTRAINED = {("sdxl", 2): [n for n in SD_LAYERS if "blocks.3" not in n and n !=
 @pytest.mark.parametrize("family,level", RESTRAINED)
 def test_exactly_the_published_layers_are_dilated_along_each_axis_by_its_own_factor(family, level, monkeypatch):
     c, seen = CONFIGS[family], []
-    scale = Scale(FreeScale(((64, 64),), native=8, attention="global", dilate_from=level), (32, 16), dilated=True)
+    free = FreeScale(((64, 64),), native=8, attention="global", dilate_from=level)
+    scale = Scale(free, (32, 16), True, torch.zeros(1, 1))
     with torch.device("meta"):
         unet = UNet(c)
         names = {conv: name for name, conv in unet.named_modules()}
@@ -298,7 +299,7 @@ def test_exactly_the_published_layers_are_dilated_along_each_axis_by_its_own_fac
 # -------------------------------------------------------------------------------------------------------- the cascade
 
 def factor(alpha: float, t: float) -> float:
-    stage = Stage(settings(), (16, 16), 50, [], alpha)
+    stage = Stage(settings(), (16, 16), 50, torch.zeros(50, 1), alpha)
     return stage.mix(torch.zeros(1).double(), torch.ones(1).double(), torch.zeros(1).double(), 1.0, t, 1000).item()
 
 

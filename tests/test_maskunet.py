@@ -64,6 +64,10 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def states(*seeds: int) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in seeded(*seeds)]
+
+
 def narrow(config: UNetConfig = NARROW) -> UNet:
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
@@ -158,7 +162,7 @@ def test_the_shared_mask_equals_the_official_one():
 # ------------------------------------------------------------------------------------------------- the Gumbel-sigmoid
 
 def test_a_mask_is_exactly_zero_or_one_and_compares_the_noise_with_the_logits_exponential():
-    logits, noise = 2 * randn(300, 300), exponential((300, 300), seeded(0))[0]
+    logits, noise = 2 * randn(300, 300), exponential((300, 300), states(0))[0]
     assert torch.equal(Gumbel().mask(logits, noise), (noise < logits.exp()).float())
     assert torch.equal(Gumbel(2).mask(logits, noise), (noise < torch.log1p(logits.exp())).float())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -174,7 +178,7 @@ def binomial(p: float, n: int) -> float:
 @pytest.mark.parametrize("form,odds", [(1, {1: .934012, 0: .632121, -1: .307799, 5: 1.0}),
                                        (2, {1: .731059, 0: .5, -1: .268941, 5: .993307})])
 def test_the_density_is_that_of_one_gumbel_or_of_two(form, odds):
-    noise = exponential((1000, 1000), seeded(0))[0]
+    noise = exponential((1000, 1000), states(0))[0]
     for logit, p in odds.items():
         logits = torch.full_like(noise, logit)
         assert abs(Gumbel(form).mask(logits, noise).mean() - p) <= binomial(p, noise.numel())
@@ -183,7 +187,7 @@ def test_the_density_is_that_of_one_gumbel_or_of_two(form, odds):
 
 @pytest.mark.parametrize("form", [1, 2])
 def test_temperature_and_threshold_move_the_odds_as_computed(form):
-    noise, gumbel = exponential((1000, 1000), seeded(1))[0], Gumbel(form, temperature=0.7, threshold=0.8)
+    noise, gumbel = exponential((1000, 1000), states(1))[0], Gumbel(form, temperature=0.7, threshold=0.8)
     p = float(gumbel.probability(torch.tensor(0.5)))
     assert abs(gumbel.mask(torch.full_like(noise, 0.5), noise).mean() - p) <= binomial(p, noise.numel())
     assert 0.05 < float(Gumbel(form).probability(torch.tensor(0.5))) - p
@@ -200,7 +204,7 @@ def test_without_chance_the_likelier_value_is_taken():
 
 def test_the_gradient_of_a_mask_is_that_of_the_sigmoid():
     layer, x, r = nn.Linear(12, 20), randn(5, 7, 12), randn(5, 7, 20, seed=1)
-    logits, noise = randn(20, 12, seed=2).requires_grad_(), exponential((20, 12), seeded(0))[0]
+    logits, noise = randn(20, 12, seed=2).requires_grad_(), exponential((20, 12), states(0))[0]
     (linear(layer, x, Gumbel().mask(logits, noise)) * r).sum().backward()
     soft = torch.sigmoid(logits.detach() - noise.log())
     want = torch.einsum("bno,bni->oi", r, x) * layer.weight.detach() * soft * (1 - soft)
@@ -208,7 +212,7 @@ def test_the_gradient_of_a_mask_is_that_of_the_sigmoid():
 
 
 def test_the_gradients_scale_at_the_two_published_initial_logits():
-    noise = exponential((1000, 1000), seeded(0))[0]
+    noise = exponential((1000, 1000), states(0))[0]
     for logit, want in ((5.0, 6.56e-3), (1.0, 0.1509)):
         soft = torch.sigmoid(logit - noise.log())
         assert abs((soft * (1 - soft)).mean() - want) <= 0.01 * want
@@ -216,7 +220,7 @@ def test_the_gradients_scale_at_the_two_published_initial_logits():
 
 def test_a_draw_of_zero_makes_no_mask_of_an_infinite_logit_undefined(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.zeros(shape))       # happens once in 2^24 draws
-    noise = exponential(torch.Size([2]), seeded(0))[0]
+    noise = exponential(torch.Size([2]), states(0))[0]
     for form in (1, 2):
         assert torch.equal(Gumbel(form).mask(torch.tensor([-math.inf, math.inf]), noise), torch.tensor([0.0, 1.0]))
     for window in (False, True):
@@ -227,11 +231,11 @@ def test_a_draw_of_zero_makes_no_mask_of_an_infinite_logit_undefined(monkeypatch
 
 def test_noise_has_mean_one_and_comes_from_the_generators_alone():
     state = torch.random.get_rng_state()
-    a, b = exponential((300, 300), seeded(0, 1))
+    a, b = exponential((300, 300), states(0, 1))
     call(Masks(random_dynamic(UNETS[NARROW])))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert abs(a.mean() - 1) < 0.02 and abs(a.var() - 1) < 0.05 and not torch.equal(a, b)
-    assert torch.equal(exponential((300, 300), seeded(1))[0], b)
+    assert torch.equal(exponential((300, 300), states(1))[0], b)
 
 
 @pytest.mark.parametrize("settings,words", [
@@ -302,7 +306,7 @@ def test_the_density_is_set_by_the_initial_logits():
 
 def test_the_expected_weights_are_the_mean_over_many_draws():
     layer, x, logits = nn.Linear(12, 20), randn(1, 7, 12), randn(20, 12, seed=1)
-    noise = exponential((20, 12), seeded(*range(2000)))
+    noise = exponential((20, 12), states(*range(2000)))
     with torch.no_grad():
         mean = torch.stack([linear(layer, x, Gumbel().mask(logits, e)) for e in noise]).mean(dim=0)
         assert (mean - linear(layer, x, Gumbel().probability(logits))).abs().max() < 0.05
@@ -354,10 +358,10 @@ def test_masks_take_nothing_from_the_loops_noise():
 def test_random_masks_drop_the_asked_ratio():
     w = nn.Linear(400, 300)
     for ratio in (0.0, 0.001, 0.066, 0.5, 1.0):
-        noise = exponential((300, 400), seeded(0))
-        m = Gumbel().mask(RandomMasks(ratio).logits("", w, None, seeded(0)), noise)
+        noise = exponential((300, 400), states(0))
+        m = Gumbel().mask(RandomMasks(ratio).logits("", w, None, states(0)), noise)
         assert abs(1 - m.mean() - ratio) <= binomial(ratio, 120_000)
-        m = Gumbel().mask(RandomMasks(ratio, window=True).logits("", w, None, seeded(0, 1)), noise)
+        m = Gumbel().mask(RandomMasks(ratio, window=True).logits("", w, None, states(0, 1)), noise)
         assert (m == 0).sum(dim=(1, 2)).tolist() == [round(ratio * 120_000)] * 2
     with pytest.raises(ValueError, match="between 0 and 1, not 1.5"):
         RandomMasks(1.5)
@@ -366,8 +370,8 @@ def test_random_masks_drop_the_asked_ratio():
 def test_a_window_drops_neighbouring_values_and_chance_drops_all_kinds():
     w = nn.Linear(400, 300)
     dropped = [w.weight[m == 0] for m in Gumbel().mask(
-        RandomMasks(0.05, window=True).logits("", w, None, seeded(0, 1)), torch.ones(()))]
-    noise = exponential((300, 400), seeded(0))[0]
+        RandomMasks(0.05, window=True).logits("", w, None, states(0, 1)), torch.ones(()))]
+    noise = exponential((300, 400), states(0))[0]
     scattered = w.weight[Gumbel().mask(RandomMasks(0.05).logits("", w, None, []), noise) == 0]
     assert all(d.max() - d.min() < 0.2 * (w.weight.max() - w.weight.min()) for d in dropped)
     assert abs(dropped[0].mean() - dropped[1].mean()) > 0.01
@@ -431,7 +435,8 @@ def learn_which_half(init: str, form: int, steps: int = 300) -> float:
     for _ in range(steps):
         late, x = torch.randint(2, (32,), generator=g), torch.randn(32, 4, 16, generator=g)
         keep = torch.stack([torch.arange(16) < 8, torch.arange(16) >= 8])[late].float()
-        mask = Gumbel(form).mask(lift(generator(h, h, sinusoid(900.0 * late, 32))), exponential((8, 16), [g] * 32))
+        noise = exponential((8, 16), states(*torch.randint(2 ** 31, (32,), generator=g).tolist()))
+        mask = Gumbel(form).mask(lift(generator(h, h, sinusoid(900.0 * late, 32))), noise)
         loss = (linear(layer, x, mask) - layer(x * keep[:, None])).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,14 +18,19 @@ from benchmarks import speed
 from benchmarks.speed import Row, chosen, drift, error, insert, rows_of, table, take_turns
 from cache import DeepCache, FasterDiffusion, TGate
 from folder import InputError, run_command
+from freescale import FreeScale
 from freeu import PRESETS, FreeU
+from maskunet import DynamicMasks, Masks, RandomMasks, StaticMasks
+from sampler import generate
 from txt2img import StableDiffusion
-from unet import WIDE, UNet, project
+from unet import WIDE, UNet, UNetConfig, project
 
 NUMBERS = {"row": "unet tiny 64 float32 guided eager", "seconds": 0.02, "base seconds": 0.03, "ratio": 1.5,
            "least": 1.4, "greatest": 1.6, "cpu ratio": 1.45, "error": 1e-7, "base error": 0.0, "flops": 5e9,
            "bytes": 1e9, "of peak": 0.5, "base of peak": 0.25, "peak": {"peak": 4e8}, "base peak": {"peak": 6e8}}
 FREEU = FreeU(*PRESETS[2]["tiny"], rule="level")
+SCALE = FreeScale(((32, 32), (64, 64)), native=4, dilate=0.0)
+SMALL = UNetConfig(channels=(8, 16), layers=1, depth=(1, 1), heads=(2, 2), context_dim=8, groups=4)
 
 
 def test_every_row_has_a_name_of_its_own_and_words_choose_rows():
@@ -188,6 +195,53 @@ def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_f
         return graph.forward
     sd.unet.compile(backend=note, fullgraph=True, dynamic=False)
     assert torch.equal(sd.sample("a circle", steps=12, **techniques), plain)
+    assert 1 <= len(compiled) <= graphs
+
+
+def small_run(techniques: dict, compiled: list | None, low_memory: bool) -> torch.Tensor:
+    """Latents of two pictures by a U-Net of two levels, whose graphs go into the list `compiled` unless it is None."""
+    randn = lambda seed, *shape: torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(0)
+        unet = UNet(SMALL).requires_grad_(False)
+    if callable(techniques.get("masks")):
+        techniques = techniques | {"masks": techniques["masks"](unet)}
+
+    def note(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    if compiled is not None:
+        torch.compiler.reset()
+        unet.compile(backend=note, fullgraph=True, dynamic=False, recompile_limit=64)
+    *_, (_, latents) = generate(unet, randn(0, 4, 8, 8), randn(1, 5, 8), randn(2, 5, 8), 8, cfg_scale=3.0,
+                                generators=[torch.Generator().manual_seed(k) for k in range(2)], init=randn(3, 4, 8, 8),
+                                low_memory=low_memory, **techniques)
+    return latents
+
+
+def static(unet: UNet) -> Masks:
+    return Masks(StaticMasks(unet).requires_grad_(False))
+
+
+def dynamic(mode: str, **how) -> Callable[[UNet], Masks]:
+    return lambda unet: Masks(DynamicMasks(unet, initial=0.5).requires_grad_(False), mode, **how)
+
+
+ALL = {"masks": dynamic("sample"), "freescale": SCALE, "freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}
+
+
+@pytest.mark.parametrize("low_memory,graphs,techniques", [
+    (False, 2, {"masks": static}),                                     # at the first step nothing is kept yet
+    (False, 2, {"masks": dynamic("threshold"), "freescale": replace(SCALE, fast=True, blur="official")}),
+    (False, 2, {"masks": dynamic("expected", shared=True), "freescale": replace(SCALE, attention="local")}),
+    (False, 3, {"masks": Masks(RandomMasks(0.2, window=True), fresh=False), "freescale": replace(SCALE, dilate=0.7)}),
+    (False, 8, {"masks": static, "freescale": SCALE, "freeu": FREEU, "cache": FasterDiffusion(3, parallel=True)}),
+    (False, 8, ALL), (True, 16, ALL)],
+    ids=["static", "threshold", "expected", "random", "parallel", "together", "halves"])
+def test_the_u_net_is_one_graph_with_masks_and_freescale_too(low_memory, graphs, techniques):
+    compiled = []
+    plain = small_run(techniques, None, low_memory)
+    assert torch.equal(small_run(techniques, compiled, low_memory), plain)
     assert 1 <= len(compiled) <= graphs
 
 
