@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_text import Encoder, embedding
+from clip_text import Encoder
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(config.width))
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
-        self.position_embedding = embedding((config.size // config.patch) ** 2 + 1, config.width)
+        self.position_embedding = nn.Embedding((config.size // config.patch) ** 2 + 1, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patch_embedding(x).flatten(2).transpose(1, 2)

@@ -117,19 +117,13 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-def embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding without a random start on the meta device, where that would import torch.compile, for a second."""
-    start = torch.empty(rows, width)
-    return nn.Embedding.from_pretrained(start if start.is_meta else start.normal_(), freeze=False)
-
-
 class Embeddings(nn.Module):
     """Token and position embeddings. Ids (B, L) -> (B, L, D)"""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = embedding(config.vocab, config.width)
-        self.position_embedding = embedding(config.length, config.width)
+        self.token_embedding = nn.Embedding(config.vocab, config.width)
+        self.position_embedding = nn.Embedding(config.length, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]

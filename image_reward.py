@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_image import preprocess
-from clip_text import embedding
 from folder import InputError, build, from_json, load_weights
 
 
@@ -143,8 +142,8 @@ class RewardModel(nn.Module):
             blocks=nn.ModuleList([ImageLayer(config) for _ in range(config.layers)]),
             norm=nn.LayerNorm(width, eps=1e-6))
         text = Bag(
-            embeddings=Bag(word_embeddings=embedding(config.vocab, text_width),
-                           position_embeddings=embedding(config.positions, text_width),
+            embeddings=Bag(word_embeddings=nn.Embedding(config.vocab, text_width),
+                           position_embeddings=nn.Embedding(config.positions, text_width),
                            LayerNorm=nn.LayerNorm(text_width, eps=1e-12)),
             encoder=Bag(layer=nn.ModuleList([TextLayer(config) for _ in range(config.text_layers)])))
         self.blip = Bag(visual_encoder=image, text_encoder=text)

@@ -348,6 +348,7 @@ def clock() -> tuple[float, float]:
 
 def timed(call: Callable[[], Any], repeat: int, device: str) -> tuple[float, float]:
     """(wall, CPU) seconds of one call, the mean of `repeat`; on a GPU the wall's are by its own events."""
+    gc.collect()                               # what lies about of the other side is not this one's to clear away
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
