@@ -98,9 +98,10 @@ class StableDiffusion:
         for name, text in zip(("text_encoder", "text_encoder_2"), texts):
             load_weights(text, folder / f"{name}.safetensors", home, dtype)
         if compiled:
-            frozen = {"freezing": True} if torch.device(device).type == "cpu" else None      # weights laid out once
+            # a CPU's layouts are those of the plain model: the compiler's own, or frozen weights, gain nothing there
+            kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None
             # behind the limit, PyTorch runs without graphs; its own, 8, is less than a few caches and batches need
-            unet.compile(dynamic=False, options=frozen, recompile_limit=64)
+            unet.compile(dynamic=False, options=kept, recompile_limit=64)
         return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
 
     @contextlib.contextmanager

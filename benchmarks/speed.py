@@ -612,8 +612,9 @@ def main() -> None:
     parser.add_argument("--alone", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     rows = rows_of(args.device)
+    names = [row.name for row in rows]
     if args.list:
-        return print("\n".join(row.name for row in rows))
+        return print("\n".join(names))
     rows = chosen(rows, args.rows)
     if args.rounds < 7 and not args.alone:
         raise InputError(f"--rounds must be 7 or more, not {args.rounds}: fewer say nothing about the spread")
@@ -655,9 +656,10 @@ def main() -> None:
     if args.table:
         told = ", ".join(f"{name} {value}" for name, value in about.items() if name != "peak")
         reached = ", ".join(f"{name} {value}" for name, value in about["peak"].items())
+        ordered = table(sorted(results, key=lambda r: names.index(r["row"])))
         with replacing(args.table) as part:
             part.write_text(insert(args.table.read_text(encoding="utf-8"),
-                                   f"{told}. Measured peak: {reached}.\n\n{table(results)}"), encoding="utf-8")
+                                   f"{told}. Measured peak: {reached}.\n\n{ordered}"), encoding="utf-8")
     if any("refused" in r for r in results[-len(rows):]):
         raise InputError("some rows are refused: the machine isn't quiet; measure them again with --rows")
 

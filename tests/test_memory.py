@@ -76,10 +76,12 @@ def test_sdxls_operations_at_its_own_size_are_the_known_ones():
     assert plan.memory < 12e9
 
 
-def test_sdxl_draws_4096_pixels_within_12_gigabytes():
-    free = FreeScale(((1024, 1024), (2048, 2048), (4096, 4096)), native=128)
-    plan = plan_stages(FAMILIES["sdxl"], free, low_memory=True, tile=lambda z: tile_side(None, z), stages=[2])[0]
-    assert plan.memory < 12e9
+@pytest.mark.parametrize("side,gigabytes", [(4096, 12), (8192, 24)])
+def test_sdxl_draws_4096_pixels_within_12_gigabytes_and_8192_within_24(side, gigabytes):
+    sizes = tuple((s, s) for s in (1024, 2048, 4096, 8192) if s <= side)
+    plan = plan_stages(FAMILIES["sdxl"], FreeScale(sizes, native=128), low_memory=True,
+                       tile=lambda z: tile_side(None, z), stages=[len(sizes) - 1])[0]
+    assert plan.memory < gigabytes * 1e9
 
 
 def test_feed_forward_layers_take_large_maps_in_pieces(monkeypatch):
