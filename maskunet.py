@@ -80,26 +80,31 @@ class Gumbel:
         return -torch.expm1(-logits.exp()) if self.form == 1 else logits.sigmoid()
 
 
-def uniform(shape: list[int], states: list[Tensor]) -> Tensor:
+def draw_uniform(shape: list[int], states: Tensor) -> tuple[Tensor, Tensor]:
+    rows, after, generator = [], [], torch.Generator()
+    for state in states:
+        generator.set_state(state.clone())                              # a view crashes PyTorch
+        rows.append(torch.rand(shape, generator=generator))
+        after.append(generator.get_state())
+    return torch.stack(rows), torch.stack(after)
+
+
+draw_uniform_operator = torch.library.custom_op("maskunet::draw_uniform", draw_uniform, mutates_args=())
+draw_uniform_operator.register_fake(lambda shape, states: (torch.empty(len(states), *shape), torch.empty_like(states)))
+
+
+def uniform(shape: list[int], states: Tensor) -> Tensor:
     """Numbers in [0, 1) (R, *shape), row k from the generator in state k, on the CPU in float32; the states go on.
 
-    States instead of generators, because a compiled graph holds tensors: in there this function is one operator.
+    States (R, bytes) instead of generators, because a compiled graph holds tensors: there drawing is one operator.
     """
-    if torch.compiler.is_compiling():
-        return uniform_operator(shape, states)
-    rows, generator = [], torch.Generator()
-    for state in states:
-        generator.set_state(state)
-        rows.append(torch.rand(shape, generator=generator))
-        state.copy_(generator.get_state())
-    return torch.stack(rows)
+    draw = draw_uniform_operator if torch.compiler.is_compiling() else draw_uniform
+    numbers, after = draw(shape, states)
+    states.copy_(after)
+    return numbers
 
 
-uniform_operator = torch.library.custom_op("maskunet::uniform", uniform, mutates_args={"states"})
-uniform_operator.register_fake(lambda shape, states: torch.empty(len(states), *shape))
-
-
-def exponential(shape: torch.Size, states: list[Tensor]) -> Tensor:
+def exponential(shape: torch.Size, states: Tensor) -> Tensor:
     """Noise (R, *shape) of mean 1, from `uniform` numbers.
 
     They cost time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
@@ -187,7 +192,7 @@ class DynamicMasks(nn.Module):
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
         return self.generators[str(level)](h, skip, emb)
 
-    def logits(self, name: str, layer: nn.Linear, core: Tensor, states: list[Tensor]) -> Tensor:
+    def logits(self, name: str, layer: nn.Linear, core: Tensor, states: Tensor | None) -> Tensor:
         return self.lifts[key(name)](core)                             # (B, o, i)
 
 
@@ -207,7 +212,7 @@ class StaticMasks(nn.Module):
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
         return None
 
-    def logits(self, name: str, layer: nn.Linear, core: None, states: list[Tensor]) -> Tensor:
+    def logits(self, name: str, layer: nn.Linear, core: None, states: Tensor | None) -> Tensor:
         return self.values[key(name)]
 
 
@@ -230,7 +235,7 @@ class RandomMasks:
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
         return None
 
-    def logits(self, name: str, layer: nn.Linear, core: None, states: list[Tensor]) -> Tensor:
+    def logits(self, name: str, layer: nn.Linear, core: None, states: Tensor | None) -> Tensor:
         w = layer.weight
         if not self.window:                                            # exp(-exp(logit)) = ratio
             return torch.full_like(w, math.log(-math.log(self.ratio)) if 0 < self.ratio < 1 else
@@ -356,13 +361,13 @@ class MaskRun:
 
     def blocks(self, prefix: str, depth: int, core: Tensor | None,
                i: int) -> Iterator[tuple[AttentionMasks, AttentionMasks]]:
-        states = [] if self.states is None else [state.clone() for state in self.states[i]]
+        states = None if self.states is None else self.states[i].clone()
         for b in range(depth):
             names = [[f"{prefix}transformer_blocks.{b}.{attention}.{linear}" for linear in LINEARS]
                      for attention in ("attn1", "attn2")]
             yield tuple(AttentionMasks(*(self.mask(name, core, states) for name in four)) for four in names)
 
-    def mask(self, name: str, core: Tensor | None, states: list[Tensor]) -> Tensor | None:
+    def mask(self, name: str, core: Tensor | None, states: Tensor | None) -> Tensor | None:
         """One layer's mask (B, o, i), or (o, i) where all rows have the same; None: the layer is not masked."""
         if name not in self.layers:
             return None

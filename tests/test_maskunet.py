@@ -64,8 +64,8 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def states(*seeds: int) -> list[torch.Tensor]:
-    return [generator.get_state() for generator in seeded(*seeds)]
+def states(*seeds: int) -> torch.Tensor:
+    return torch.stack([generator.get_state() for generator in seeded(*seeds)])
 
 
 def narrow(config: UNetConfig = NARROW) -> UNet:
@@ -372,7 +372,7 @@ def test_a_window_drops_neighbouring_values_and_chance_drops_all_kinds():
     dropped = [w.weight[m == 0] for m in Gumbel().mask(
         RandomMasks(0.05, window=True).logits("", w, None, states(0, 1)), torch.ones(()))]
     noise = exponential((300, 400), states(0))[0]
-    scattered = w.weight[Gumbel().mask(RandomMasks(0.05).logits("", w, None, []), noise) == 0]
+    scattered = w.weight[Gumbel().mask(RandomMasks(0.05).logits("", w, None, None), noise) == 0]
     assert all(d.max() - d.min() < 0.2 * (w.weight.max() - w.weight.min()) for d in dropped)
     assert abs(dropped[0].mean() - dropped[1].mean()) > 0.01
     assert scattered.max() - scattered.min() > 0.9 * (w.weight.max() - w.weight.min())

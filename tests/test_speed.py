@@ -5,6 +5,7 @@ No time is asserted here.
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,8 +211,11 @@ def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_f
     assert 1 <= len(compiled) <= graphs
 
 
-def small_run(techniques: dict, compiled: list | None, low_memory: bool) -> torch.Tensor:
-    """Latents of two pictures by a U-Net of two levels, whose graphs go into the list `compiled` unless it is None."""
+def small_run(techniques: dict, compiled: list | None, low_memory: bool, translate: bool = False) -> torch.Tensor:
+    """Latents of two pictures by a U-Net of two levels, whose graphs go into the list `compiled` unless it is None.
+
+    translate: PyTorch's compiler makes C++ of the graphs; else they run as they are.
+    """
     randn = lambda seed, *shape: torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(0)
@@ -224,7 +228,7 @@ def small_run(techniques: dict, compiled: list | None, low_memory: bool) -> torc
         return graph.forward
     if compiled is not None:
         torch.compiler.reset()
-        unet.compile(backend=note, fullgraph=True, dynamic=False, recompile_limit=64)
+        unet.compile(backend="inductor" if translate else note, fullgraph=True, dynamic=False, recompile_limit=64)
     *_, (_, latents) = generate(unet, randn(0, 4, 8, 8), randn(1, 5, 8), randn(2, 5, 8), 8, cfg_scale=3.0,
                                 generators=[torch.Generator().manual_seed(k) for k in range(2)], init=randn(3, 4, 8, 8),
                                 low_memory=low_memory, **techniques)
@@ -255,6 +259,12 @@ def test_the_u_net_is_one_graph_with_masks_and_freescale_too(low_memory, graphs,
     plain = small_run(techniques, None, low_memory)
     assert torch.equal(small_run(techniques, compiled, low_memory), plain)
     assert 1 <= len(compiled) <= graphs
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs g++")
+def test_compiled_masks_are_drawn_from_the_same_noise():
+    plain = small_run({"masks": static}, None, False)
+    assert (small_run({"masks": static}, [], False, translate=True) - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
 def test_a_command_that_compiles_has_room_for_more_kinds_of_steps_than_pytorchs_own_eight(tmp_path, monkeypatch):
