@@ -398,6 +398,8 @@ def measure_row(row: Row, args: argparse.Namespace, peaks: dict[str, float]) -> 
     base_folder = folders[row.what != "many"]
     settings = (args.work, args.device)
     result: dict[str, Any] = {"row": row.name, **asdict(row)}
+    if args.memory and row.what not in ("command", "many"):            # first: this process keeps what it has had
+        result |= {"peak": alone(row, "ours", args), "base peak": alone(row, "theirs", args)}
 
     reference = None
     if row.what not in ("load", "read"):
@@ -432,10 +434,6 @@ def measure_row(row: Row, args: argparse.Namespace, peaks: dict[str, float]) -> 
     if "flops" in result and "refused" not in result:
         ideal = max(result["flops"] / peaks[row.dtype], result["bytes"] / peaks["bandwidth"])
         result |= {"of peak": ideal / result["seconds"], "base of peak": ideal / result["base seconds"]}
-    del ours, base
-    gc.collect()
-    if args.memory and row.what not in ("command", "many"):
-        result |= {"peak": alone(row, "ours", args), "base peak": alone(row, "theirs", args)}
     return result
 
 
@@ -574,6 +572,16 @@ def machine(args: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]
                      for name, value in peaks.items()}}
 
 
+def reached(results: list[dict[str, Any]]) -> str:
+    """The machine's own peaks, as measured before these rows: each the least and the greatest."""
+    peaks: dict[str, set[str]] = {}
+    for r in results:
+        for name, value in r["machine"]["peak"].items():
+            peaks.setdefault(name, set()).add(value)
+    ordered = {name: sorted(values, key=lambda value: float(value.split()[0])) for name, values in peaks.items()}
+    return ", ".join(f"{name} {' to '.join(dict.fromkeys((v[0], v[-1])))}" for name, v in sorted(ordered.items()))
+
+
 def insert(text: str, new: str, mark: str = "speed") -> str:
     """The text with what stands between `<!-- speed -->` and `<!-- /speed -->` replaced; InputError without them."""
     start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
@@ -655,11 +663,10 @@ def main() -> None:
                     part.write_text(json.dumps({"rows": results}, indent=1) + "\n")
     if args.table:
         told = ", ".join(f"{name} {value}" for name, value in about.items() if name != "peak")
-        reached = ", ".join(f"{name} {value}" for name, value in about["peak"].items())
         ordered = table(sorted(results, key=lambda r: names.index(r["row"])))
         with replacing(args.table) as part:
             part.write_text(insert(args.table.read_text(encoding="utf-8"),
-                                   f"{told}. Measured peak: {reached}.\n\n{ordered}"), encoding="utf-8")
+                                   f"{told}. Measured peak: {reached(results)}.\n\n{ordered}"), encoding="utf-8")
     if any("refused" in r for r in results[-len(rows):]):
         raise InputError("some rows are refused: the machine isn't quiet; measure them again with --rows")
 

@@ -16,7 +16,7 @@ import torch
 from test_txt2img import make_folder
 
 from benchmarks import speed
-from benchmarks.speed import Row, chosen, drift, error, insert, rows_of, table, take_turns
+from benchmarks.speed import Row, chosen, drift, error, insert, reached, rows_of, table, take_turns
 from cache import DeepCache, FasterDiffusion, TGate
 from folder import InputError, run_command
 from freescale import FreeScale
@@ -110,6 +110,12 @@ def test_a_table_line_has_ratio_error_memory_and_distance_from_the_peak():
     assert "s /" not in line and "| 31 / 64.2 s |" in table([compiled]).splitlines()[2]
     refused = table([{"row": "a", "refused": "why"}]).splitlines()[2]
     assert refused.count("|") == head.count("|")
+
+
+def test_the_machines_peaks_are_those_of_all_rows_from_least_to_greatest():
+    rows = [{"machine": {"peak": peak}} for peak in (
+        {"float32": "480 GFLOP/s", "bandwidth": "67 GB/s"}, {"float32": "99 GFLOP/s"}, {"float32": "435 GFLOP/s"})]
+    assert reached(rows) == "bandwidth 67 GB/s, float32 99 GFLOP/s to 480 GFLOP/s"
 
 
 def test_the_table_goes_between_its_marks_and_nowhere_else():
