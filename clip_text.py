@@ -75,6 +75,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig, causal: bool):
         super().__init__()
+        if config.width % config.heads:
+            raise ValueError(f"a width of {config.width} can't be split into {config.heads} heads")
         self.heads, self.causal = config.heads, causal
         self.q_proj = nn.Linear(config.width, config.width)
         self.k_proj = nn.Linear(config.width, config.width)

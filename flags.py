@@ -4,6 +4,7 @@ Start at `parse_arguments`. What can be known to be wrong is said by it, before 
 turns the flags of one technique into the object that `StableDiffusion.sample` takes. Everything wrong is an InputError.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
@@ -33,6 +34,7 @@ from vae import VAE, tile_side
 if TYPE_CHECKING:
     from txt2img import StableDiffusion
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)    # what Pillow raises for bad pictures
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -136,7 +138,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        help="draw at the model's size (or -W, -H), double it up to N = 2, 4 or 8 times")
     group.add_argument("--resolutions", metavar="WxH,WxH", help="of all stages instead, the last is the picture's")
     group.add_argument("--freescale-official", action="store_true",
-                       help="the official defaults: N 4, blur official, FreeU version 1, 50 Euler steps, leading times")
+                       help="the official defaults: N 4, blur official, FreeU version 1, 50 Euler steps, leading times "
+                            "and a negative prompt")
     group.add_argument("--detail", default="2", metavar="ALPHA[,OUTSIDE]",
                        help="larger: later stages are freer; 0.5 to 2, at most 1 for N 8")
     group.add_argument("--detail-map", type=Path, metavar="FILE",
@@ -153,7 +156,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.freescale_official:                                        # as defaults: flags that are given still count
         parser.set_defaults(steps=50, sampler="euler", spacing="leading", freeu="preset", freeu_version=1, vae_tile=128,
-                            freescale_blur="official", freescale=None if args.resolutions else 4)
+                            freescale_blur="official", freescale=None if args.resolutions else 4,
+                            negative_prompt="blurry, ugly, duplicate, poorly drawn, deformed, mosaic")
         args = parser.parse_args(argv)
     check_belongings(args)
     refuse_idle_flags(parser, args)
@@ -182,11 +186,16 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
                             ("--seed", 0 <= args.seed < 2 ** 63, "0 or more"),
                             ("--cfg-scale", math.isfinite(args.cfg_scale), "a finite number"),
                             ("--eta", 0 <= args.eta <= 1, "between 0 and 1"),
-                            ("--eta", args.eta == 0 or not args.sampler.startswith("dpm"), f"0 with {args.sampler}"),
+                            ("--eta", args.eta == 0 or args.sampler in ("ddim", "euler"), f"0 with {args.sampler}"),
                             ("--vae-tile", args.vae_tile in (None, 0) or args.vae_tile >= 8, "0, or 8 or more")):
         if not ok:
             raise InputError(f"{flag} must be {legal}")
     check_size(8 if args.height is None else args.height, 8 if args.width is None else args.width)
+    for name, text in (("the prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{name} has bytes that are no UTF-8 text: {text!r}") from None
     if (args.prompt is None) == (args.from_file is None):
         raise InputError("give a prompt, or a file of prompts with --from-file (and not both)")
     args.out = args.out or Path("out" if args.from_file else "out.png")
@@ -207,8 +216,8 @@ def check_device(name: str) -> torch.device:
     """The device of --device; InputError where it isn't there or can't compute."""
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0].split('. ')[0]})") from None
     if device.type not in ("cpu", "cuda", "mps", "xpu"):
         raise InputError(f"--device {name} can't hold a picture; use cpu, cuda, mps or xpu")
     return device
@@ -217,6 +226,11 @@ def check_device(name: str) -> torch.device:
 # Flags that do nothing without another one: that one, whether it is given, and they
 IDLE = (("--freescale or --resolutions", lambda args: args.freescale is not None or args.resolutions is not None,
          ("detail", "freescale_fast", "freescale_blur", "freescale_upsample", "freescale_restart", "freescale_dilate")),
+        ("--init-image", lambda args: args.init_image is not None, ("strength",)),
+        ("--freeu", lambda args: args.freeu is not None,
+         ("freeu_version", "freeu_rule", "freeu_window", "freeu_backbone")),
+        ("--freeu, --skip-tuning or --scale-long",
+         lambda args: (args.freeu, args.skip_tuning, args.scale_long) != (None, None, None), ("freeu_skip",)),
         ("--masks or --mask-random", lambda args: args.masks is not None or args.mask_random is not None,
          ("mask_mode", "mask_fixed")),
         ("--masks", lambda args: args.masks is not None, ("mask_shared",)),              # random ones are shared anyway
@@ -432,7 +446,8 @@ def read_baseline(args: argparse.Namespace, sd: "StableDiffusion", seed: int) ->
     """The function in the U-Net's place that --baseline asks for, for the picture of this seed."""
     native, generator = sd.config.size // sd.config.vae.factor, torch.Generator().manual_seed(seed)
     if args.baseline == "scalecrafter":
-        return scale_crafter(sd.unet, native, guided=args.cfg_scale != 1)
+        until = {"until": (0.4, 0.74)} if sd.config.family == "sd21" else {}
+        return scale_crafter(sd.unet, native, guided=args.cfg_scale != 1, **until)
     if args.baseline == "hidiffusion":
         return hidiffusion(sd.unet, native, generator)
     return demo_fusion(sd.unet, native, generator) if args.baseline == "demofusion" else None
@@ -449,11 +464,12 @@ def read_mask(path: Path) -> Tensor:
     """A gray picture as (H, W), true where it isn't black."""
     try:
         with Image.open(path) as file:
-            if file.mode not in ("1", "L"):
-                raise InputError(f"{path} has mode {file.mode}, but a mask is black and white or gray: save it so")
-            return torch.from_numpy(np.asarray(file) > 0)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            mode, pixels = file.mode, np.asarray(file)
+    except UNREADABLE as error:
         raise InputError(f"can't read the mask {path} ({error})") from None
+    if mode not in ("1", "L"):
+        raise InputError(f"{path} has mode {mode}, but a mask is black and white or gray: save it so")
+    return torch.from_numpy(pixels > 0)
 
 
 def sample_settings(args: argparse.Namespace, config: ModelConfig,
@@ -501,7 +517,7 @@ def open_picture(path: Path) -> Image.Image:
             if picture.has_transparency_data:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
             return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise InputError(f"can't read the picture {path} ({error})") from None
 
 
@@ -521,22 +537,26 @@ def check_memory(args: argparse.Namespace, config: ModelConfig, freescale: FreeS
     and leaves out masks, what a search keeps for its gradients, and the features that caches and T-GATE reuse. (The
     models that reward a search are on the device already: they count as taken.)
     """
-    from memory import free_memory, plan_stages  # it reaches into PyTorch's dispatcher: not where nobody needs it
+    from memory import free_memory, least_memory, plan_stages  # it reaches into PyTorch: not where nobody needs it
 
     free = free_memory(device)
     if free is None:
         return
-    freescale = replace(freescale, native=config.size // config.vae.factor)
-    if math.prod(freescale.resolutions[-1]) > 2 ** 20:
-        print("planning the memory of the last stage: some seconds", file=sys.stderr)
-    last = plan_stages(config, freescale, images, args.cfg_scale != 1, args.dtype, args.low_memory, freeu,
-                       lambda latents: tile_side(args.vae_tile, latents), stages=[len(freescale.resolutions) - 1])[0]
-    if last.memory > free:
+    freescale, (height, width) = replace(freescale, native=config.size // config.vae.factor), freescale.resolutions[-1]
+    guided = args.cfg_scale != 1
+    needed = least_memory(config, height, width, images, guided, args.dtype, args.low_memory)
+    if needed <= free:
+        if height * width > 2 ** 20:
+            print("planning the memory of the last stage: up to a minute", file=sys.stderr)
+        needed = plan_stages(config, freescale, images, guided, args.dtype, args.low_memory, freeu,
+                             lambda latents: tile_side(args.vae_tile, latents),
+                             stages=[len(freescale.resolutions) - 1])[0].memory
+    if needed > free:
         flags = [flag for flag, helps in (
             ("--low-memory", not args.low_memory), ("--batch-size 1", images > 1),
             ("--vae-tile 64", args.vae_tile is not None and not 0 < args.vae_tile <= 64),
             ("--dtype bfloat16", args.dtype == torch.float32), ("smaller --resolutions", True)) if helps]
-        raise InputError(f"the stage {last.width}x{last.height} needs about {last.memory / 1e9:.2g} GB, but there are "
+        raise InputError(f"the stage {width}x{height} needs about {needed / 1e9:.2g} GB or more, but there are "
                          f"{free / 1e9:.2g} GB free on {device}: use {' or '.join(flags)}")
 
 
@@ -572,17 +592,28 @@ def report(args: argparse.Namespace, sd: "StableDiffusion", settings: dict[str, 
         print(f"{names}: {' and '.join(told)} of the U-Net run per picture{fewer}", file=sys.stderr)
 
 
-def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: int, width: int) -> str:
-    """The settings in the format that A1111's web UI began and most tools read."""
+def fingerprint(path: Path) -> str:
+    """A file's name and the first digits of its contents' SHA-256."""
+    try:
+        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    except OSError as error:
+        raise InputError(f"can't read {path} ({error.strerror})") from None
+
+
+def parameters_texts(args: argparse.Namespace, prompts: list[str], height: int, width: int) -> list[str]:
+    """Each picture's settings, in the format that A1111's web UI began and most tools read."""
     solver = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a"}
     pairs = {"Steps": args.steps, "Sampler": solver[args.sampler.removesuffix("-karras")],
              "Schedule type": "Karras" if args.sampler.endswith("-karras") else "Automatic",
-             "CFG scale": f"{args.cfg_scale:g}", "Seed": seed, "Size": f"{width}x{height}", "Model": args.model.name}
+             "CFG scale": f"{args.cfg_scale:g}", "Seed": args.seed, "Size": f"{width}x{height}",
+             "Model": args.model.name}
     for name, value, default in (("Spacing", args.spacing, None), ("Eta", args.eta, 0.0),
                                  ("Precision", str(args.dtype).removeprefix("torch."), "float32"),
-                                 ("Init image", args.init_image, None), ("Baseline", args.baseline, None)):
+                                 ("Baseline", args.baseline, None), ("VAE tile", args.vae_tile, None)):
         if value != default:
             pairs[name] = value
+    if args.init_image:
+        pairs["Init image"] = fingerprint(args.init_image)
     if args.init_image and args.stages is None:
         pairs["Denoising strength"] = f"{args.strength:g}"
     if args.stages is not None:
@@ -590,7 +621,7 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["FreeScale"] = (f"{sizes} restart {args.freescale_restart:g} dilate {args.freescale_dilate:g} blur "
                               f"{args.freescale_blur} upsample {args.freescale_upsample}"
                               f"{' fast' if args.freescale_fast else ''}")
-        pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {args.detail_map.name}"
+        pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {fingerprint(args.detail_map)}"
     cache, tgate = read_cache(args), read_tgate(args)
     if args.cache == "deepcache":
         center = "" if cache.center is None else f" center {cache.center}"
@@ -618,9 +649,10 @@ def parameters_text(args: argparse.Namespace, prompt: str, seed: int, height: in
         pairs["Mask search"] = f"{args.mask_reward} {count}{args.mask_schedule} {args.mask_keep}"
     if args.masks is not None or args.mask_random is not None:
         chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
-        what = f"random {args.mask_random:g}" if args.masks is None else args.masks.name
+        what = f"random {args.mask_random:g}" if args.masks is None else fingerprint(args.masks)
         pairs["Masks"] = " ".join([what, args.mask_mode, *chosen])
-    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
+    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt is not None else ""
     texts = {name: str(value) for name, value in {**pairs, "RNG": "CPU"}.items()}
     quoted = {name: json.dumps(text) if any(c in text for c in ",:\n") else text for name, text in texts.items()}
-    return f"{prompt}{negative}\n" + ", ".join(f"{name}: {text}" for name, text in quoted.items())
+    return [f"{prompt}{negative}\n" + ", ".join(f"{name}: {text}" for name, text in {
+        **quoted, "Seed": args.seed + k}.items()) for k, prompt in enumerate(prompts)]

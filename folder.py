@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,28 +74,45 @@ def read_config(folder: Path) -> ModelConfig:
         if name in data and (name, data[name]) != ("text_encoder_2", None):
             data[name] = from_json(kind, data[name], f"{path}, {name}")
     config = from_json(ModelConfig, data, str(path))
-    legal = {"family": FAMILIES, "prediction": ("epsilon", "v"), "spacing": (None, "leading", "linspace", "trailing")}
-    for name, values in legal.items():
-        value = config.schedule.spacing if name == "spacing" else getattr(config, name)
-        if value not in values:
-            raise InputError(f"{path}: {name} is {value!r}, not one of {', '.join(map(str, values))}")
-    if not isinstance(config.size, int):
-        raise InputError(f"{path}: size is {config.size!r}, not a number of pixels")
+    texts = [text for text in (config.text_encoder, config.text_encoder_2) if text is not None]
+    for name, part, values in (
+            ("family", config, FAMILIES), ("prediction", config, ("epsilon", "v")),
+            ("spacing", config.schedule, (None, "leading", "linspace", "trailing")),
+            *(("activation", text, ("quick_gelu", "gelu")) for text in texts),
+            *(("output", text, ("final", "penultimate")) for text in texts),
+            ("zero_negative", config, (False, config.text_encoder_2 is not None))):
+        if getattr(part, name) not in values:
+            raise InputError(f"{path}: {name} is {getattr(part, name)!r}, not one of {', '.join(map(str, values))}")
     return config
 
 
 def from_json(kind: type, data: Any, where: str) -> Any:
-    """A config dataclass from its JSON object; unknown and missing entries are errors."""
-    names = [field.name for field in fields(kind)]
+    """A config dataclass from its JSON object; unknown and missing entries are errors, and those of another type."""
+    names, types = [field.name for field in fields(kind)], {field.name: field.type for field in fields(kind)}
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object; convert the model again")
     for name in data:
         if name not in names:
             raise InputError(f"{where} has an unknown entry {name!r}{nearest(name, names)}")
+    data = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+    for name, value in data.items():
+        if not is_of(value, types[name]):
+            raise InputError(f"{where}: {name} can't be {value!r}; convert the model again")
     try:
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
+        return kind(**data)
     except TypeError as error:
         raise InputError(f"{where} is incomplete ({error}); convert the model again") from None
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a config field's type, such as int, float (whole ones too), tuple[int, ...], str | None."""
+    if get_origin(kind) is UnionType:
+        return any(is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_of(entry, get_args(kind)[0]) for entry in value)
+    if isinstance(value, bool) or kind is bool:                        # to Python, true is an int
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
@@ -203,7 +221,7 @@ def open_safetensors(path: Path, remedy: str = "convert the model again") -> Ite
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` only if the block ends without an error."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{os.getpid()}.{path.name[-40:]}.part")    # no longer than a name may be
     try:
         yield part
         part.chmod(0o666 & ~UMASK)               # safetensors makes its files readable by their owner only
@@ -245,6 +263,9 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(complain(OUT_OF_MEMORY, 2))
     except KeyboardInterrupt:
         sys.exit(complain("stopped; finished files are kept", 130))
+    except BrokenPipeError:                                            # whoever reads the output has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a smaller --width and --height, "

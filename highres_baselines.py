@@ -105,7 +105,7 @@ def times_larger(x: Tensor, native: int) -> float:
 
 # -------------------------------------------------------------------------------------------------------- ScaleCrafter
 
-def scale_crafter(unet: UNet, native: int, guided: bool = True) -> Model:
+def scale_crafter(unet: UNet, native: int, guided: bool = True, until: tuple[float, float] = (0.6, 0.7)) -> Model:
     """Re-dilation; beyond 3 times the training side (latent, `native`) noise-damped guidance and shrinking dilation.
 
     Damped guidance is weak(negative) + g * (strong(positive) - strong(negative)), weak being a pass with fewer dilated
@@ -113,14 +113,15 @@ def scale_crafter(unet: UNet, native: int, guided: bool = True) -> Model:
     just that; so rows must be the two halves of guidance, negative first.
 
     guided: they are; False (cfg_scale 1, or low_memory): they are one half, which gets the strong pass alone.
+    until: the fraction of the steps that is dilated, up to 3 times the side and beyond; SD 2.1's are (0.4, 0.74).
     """
     deep = len(unet.config.channels) == 3                              # SDXL, whose three levels are dilated otherwise
 
     def predict(x: Tensor, t: Tensor, context: Tensor, added: Tensor | None = None,
                 freeu: FreeU | None = None) -> Tensor:
         r = times_larger(x, native)
-        until = (0.6 if r <= 3 else 0.7)                               # of the steps: 30 or 35 of 50
-        left = (float(t) / T - (1 - until)) / until                    # 1 at the start, 0 where dilation ends
+        part = until[r > 3]                                            # of the steps: 30 or 35 of 50
+        left = (float(t) / T - (1 - part)) / part                      # 1 at the start, 0 where dilation ends
         if r <= 1 or left <= 0:
             return unet(x, t, context, added, freeu=freeu)
         if r <= 3:
@@ -154,7 +155,8 @@ def scale_crafter(unet: UNet, native: int, guided: bool = True) -> Model:
 def hidiffusion(unet: UNet, native: int, generator: torch.Generator) -> Model:
     """Smaller maps inside, as the deep layers know them (RAU-Net), and shifted windows in the largest attention.
 
-    Up to 3 times the training side (latent, `native`), and beyond it the lists for 4 times. generator: for the shifts.
+    Up to 3 times the training side (latent, `native`), and beyond it the lists for 4 times: SDXL's where both sides are
+    beyond it. generator: for the shifts.
     """
     config = unet.config
     per_level, deep = config.layers + 1, len(config.channels) == 3
@@ -174,7 +176,8 @@ def hidiffusion(unet: UNet, native: int, generator: torch.Generator) -> Model:
         if r <= 1:
             return unet(x, t, context, added, freeu=freeu)
         if deep:
-            skipping, pooling = (done < 0.16, 0.16 <= done < 0.4) if r <= 3 else (done < 0.3, done < 0.7)
+            far = min(x.shape[2:]) > 3 * native
+            skipping, pooling = (done < 0.3, done < 0.7) if far else (done < 0.16, 0.16 <= done < 0.4)
         else:
             skipping, pooling = (done < 0.4, False) if r <= 3 else (done < 0.7, done < 0.3)
         return forward(unet, x, t, context, added, Changes(

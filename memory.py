@@ -144,6 +144,14 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
     return plans
 
 
+def least_memory(config: ModelConfig, height: int, width: int, images: int, guided: bool, dtype: torch.dtype,
+                 low_memory: bool) -> int:
+    """Bytes that a picture surely takes, known at once: itself, twice in float32, or the U-Net's uppermost skips."""
+    maps = images * (2 if guided and not low_memory else 1) * (config.unet.layers + 1) * config.unet.channels[0]
+    skips = maps * dtype.itemsize * (height // config.vae.factor) * (width // config.vae.factor)
+    return max(skips, 2 * images * 3 * height * width * torch.float32.itemsize)
+
+
 def weight_bytes(*modules: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 

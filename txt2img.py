@@ -20,7 +20,7 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,8 +32,9 @@ except ImportError:
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from clip_text import TextEncoder, Tokenizer
 from flags import (
+    UNREADABLE,
     check_memory,
-    parameters_text,
+    parameters_texts,
     parse_arguments,
     read_baseline,
     read_image,
@@ -191,7 +192,8 @@ class StableDiffusion:
         freescale: the stages of a large picture, see `freescale.py`. Height and width, if given, are the last stage's,
             noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
         tile: of the VAE between FreeScale's stages, as in `decode`.
-        model: a function in the U-Net's place, such as `highres_baselines.py` makes; not with cache, T-GATE and masks.
+        model: a function in the U-Net's place, such as `highres_baselines.py` makes; not with cache, T-GATE and masks,
+            and with freescale only one that takes that argument, as DemoFusion's does.
         known: encodings of texts to go on using, see `encode_prompt`.
         callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
             arguments: see `sampler.generate`.
@@ -215,9 +217,9 @@ class StableDiffusion:
         if len(seeds) != len(context):
             raise InputError(f"there are {len(seeds)} seeds for {len(context)} prompts; give one, or as many")
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        if noise is None:
-            like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
-            noise = draw_noise(generators, like)
+        like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
+        drawn = draw_noise(generators, like)                           # drawn in any case: later draws are others
+        noise = drawn if noise is None else noise
         shape = (len(context), self.config.unet.in_channels, height // factor, width // factor)
         if tuple(noise.shape) != shape:
             raise InputError(f"noise has shape {tuple(noise.shape)}, but {shape} is needed")
@@ -327,6 +329,8 @@ def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
     else:
         folder = args.out
         paths = [folder / f"{k:05d}_{seed}.png" for k, seed in enumerate(seeds)]
+    if len(os.fsencode(compared(paths[-1]).name)) > 255:
+        raise InputError(f"the name {paths[-1].name} is too long; choose a shorter --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):                       # better now than after minutes of work
@@ -336,14 +340,22 @@ def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
     return paths
 
 
+def compared(path: Path) -> Path:
+    """Where --compare puts a picture beside the one without techniques."""
+    return path.with_stem(f"{path.stem}_compare")
+
+
 def finished(path: Path, parameters: str) -> bool:
-    """Whether an earlier run made this very picture; InputError for one with other settings in its place."""
+    """Whether an earlier run made this picture, by its text of settings; InputError for another one in its place.
+
+    The text has the name of the model's folder alone, and fingerprints of other files.
+    """
     if not path.exists():
         return False
     try:
         with Image.open(path) as file:
             made = file.info.get("parameters")
-    except (OSError, UnidentifiedImageError):
+    except UNREADABLE:
         made = None
     if made != parameters:
         raise InputError(f"{path} is there already, made with another prompt or other settings; choose another --out")
@@ -360,13 +372,13 @@ def main() -> None:
     freescale = settings["freescale"]
     stages = 1 if freescale is None else len(freescale.resolutions)
     paths = picture_paths(args, len(prompts))
-    parameters = [parameters_text(args, prompt, args.seed + k, settings["height"], settings["width"])
-                  for k, prompt in enumerate(prompts)]
+    parameters = parameters_texts(args, prompts, settings["height"], settings["width"])
 
     # Under torchrun each process takes every world-th picture; nothing is exchanged: a picture depends on its seed only
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = range(rank, len(prompts), world)
-    todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])]
+    todo = [k for k in mine if args.one_file or not finished(paths[k], parameters[k])
+            or args.compare and not compared(paths[k]).exists()]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
         search = read_mask_search(args, device)                        # its rewards take memory that a stage can't
@@ -409,7 +421,7 @@ def main() -> None:
             memory = f"peak memory {peak_memory(sd.device):.2f} GB"
             print(f"{paths[k]}  seed {args.seed + k}  {seconds:.1f} s  {memory}", flush=True)
             if plain is not None:
-                both = paths[k].with_stem(f"{paths[k].stem}_compare")
+                both = compared(paths[k])
                 save_png(torch.cat([plain[i], image], dim=2), both, f"left: without cache and T-GATE\n{parameters[k]}")
                 print(f"{both}  PSNR {psnr(image, plain[i]):.1f} dB", flush=True)
         if plain is not None:
@@ -427,6 +439,11 @@ def peak_memory(device: torch.device) -> float:
     """Gigabytes: of the GPU's memory by tensors, or of main memory by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:                           # not getrusage's maximum: that starts with the starting process's own
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e9
     if resource is None:                                               # Windows keeps no such record
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

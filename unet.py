@@ -137,6 +137,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels can't be split into {heads} heads")
         self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)

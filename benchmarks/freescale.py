@@ -30,11 +30,11 @@ from vae import tile_side
 GB = 1e9
 
 
-def show_plan(plans: list[StagePlan], steps: int, restart: int) -> None:
-    """One line a stage; a stage behind the first runs from step `restart`."""
+def show_plan(plans: list[StagePlan], steps: int, restart: int, passes: int) -> None:
+    """One line a stage; a stage behind the first runs from step `restart`. passes: calls of the U-Net a step."""
     print("stage         memory GB | U-Net call: peak GB   TFLOP | VAE: peak GB   TFLOP | stage in all PFLOP")
     for number, plan in enumerate(plans):
-        calls = steps - (restart if number else 0)
+        calls = passes * (steps - (restart if number else 0))
         print(f"{plan.width}x{plan.height:<8} {plan.memory / GB:9.3f} {plan.unet.peak / GB:20.3f} "
               f"{plan.unet.flops / 1e12:8.2f} {plan.vae.peak / GB:14.3f} {plan.vae.flops / 1e12:8.2f} "
               f"{(calls * plan.unet.flops + plan.vae.flops) / 1e15:16.3f}", flush=True)
@@ -53,7 +53,8 @@ def peak(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()         # getrusage's would begin with the starter's
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def main() -> None:
                         tile=lambda latents: tile_side(None, latents))
     print(f"{args.family}, {str(args.dtype).removeprefix('torch.')}, one picture, guidance in "
           f"{'two passes' if args.low_memory else 'one batch'}{', fast' if args.fast else ''}, blur {args.blur}")
-    show_plan(plans, args.steps, freescale.first_step(args.steps))
+    show_plan(plans, args.steps, freescale.first_step(args.steps), passes=2 if args.low_memory else 1)
     if not args.plan:
         measure_stages(args, config, freescale, plans, freeu)
 

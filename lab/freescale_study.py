@@ -47,8 +47,8 @@ FREESCALE = {                                                          # what di
 }
 
 
-def arms(sd: StableDiffusion, factor: int) -> dict[str, Arm]:
-    """What is compared at `factor` times the training size, as arguments of `sd.sample`."""
+def arms(sd: StableDiffusion, factor: int, guided: bool = True) -> dict[str, Arm]:
+    """What is compared at `factor` times the training size, as arguments of `sd.sample`. guided: cfg_scale isn't 1."""
     size, native = sd.config.size, sd.config.size // sd.config.vae.factor
     sizes = tuple((size * 2 ** k, size * 2 ** k) for k in range(factor.bit_length()))
     large, free = dict(height=size * factor, width=size * factor), FreeScale(sizes)
@@ -62,7 +62,7 @@ def arms(sd: StableDiffusion, factor: int) -> dict[str, Arm]:
     table = {
         "training size": lambda seed: {},
         "direct": lambda seed: large,
-        "ScaleCrafter": lambda seed: dict(large, model=scale_crafter(sd.unet, native)),
+        "ScaleCrafter": lambda seed: dict(large, model=scale_crafter(sd.unet, native, guided)),
         "HiDiffusion": lambda seed: dict(large, model=hidiffusion(sd.unet, native, generator(seed))),
         "DemoFusion": demo,
     }
@@ -164,7 +164,7 @@ def main() -> None:
     if read_config(args.model).family != "tiny":
         raise InputError(f"{args.model} wasn't trained on the drawn world, so its pictures can't be judged")
     sd = StableDiffusion.load(args.model)
-    table = arms(sd, args.factor)
+    table = arms(sd, args.factor, args.cfg_scale != 1)
     names = list(table) if args.arms is None else [name.strip() for name in args.arms.split(",")]
     for name in names:
         if name not in table:

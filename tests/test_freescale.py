@@ -178,6 +178,15 @@ def test_windows_stray_by_an_eighth_and_their_number_is_the_papers():
     assert len({tuple(m.flatten().tolist()) for m in many}) == 200
 
 
+@pytest.mark.parametrize("native", [4, 8, 16, 64])
+def test_a_maps_level_is_known_by_its_size_however_halves_are_rounded(native):
+    for side in range(native, 20 * native, 3):
+        grid, scale = side, FreeScale(((64, 64),), native=native).start((side, 4), 1, [seeded(0)]).at(0)
+        for level in range(4):
+            assert scale.window((grid, grid)) == (min(-(-native // 2 ** level), grid),) * 2
+            grid = (grid + 1) // 2
+
+
 def test_uniform_attention_gives_means_of_windows():
     a, x, grid, window, _ = parts_of(rows=1)
     a.to_q.weight.zero_()
@@ -524,11 +533,15 @@ def test_gradients_pass_through_scale_fusion():
     (dict(blur="gauss"), "spatial or official"), (dict(attention="none"), "fused or global or local"),
     (dict(detail=-1.0), "0 or more"), (dict(detail=math.nan), "0 or more"),
     (dict(detail=torch.ones(64, 32)), "(64, 32), not (height, width) of one of the resolutions (64x64)"),
-    (dict(detail=-torch.ones(64, 64)), "0 or more everywhere")])
+    (dict(detail=-torch.ones(64, 64)), "0 or more everywhere"), (dict(native=0), "native is a side of latents")])
 def test_bad_settings_are_named(more, words):
     with pytest.raises(ValueError) as error:
         FreeScale(**{"resolutions": ((64, 64),), **more})
     assert words in str(error.value)
+
+
+def test_sizes_may_be_lists():
+    assert FreeScale([[64, 64], [64, 72]], detail=torch.ones(64, 72)).resolutions == ((64, 64), (64, 72))
 
 
 def test_what_the_loop_needs_is_named(tiny):

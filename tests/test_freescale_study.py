@@ -48,6 +48,8 @@ def test_every_arm_differs_from_the_others_in_what_it_asks_for():
     sd = StableDiffusion.load(TINY)
     for factor, stages in ((2, 2), (4, 3)):
         table = arms(sd, factor)
+        arms(sd, factor, guided=False)["ScaleCrafter"](0)["model"](
+            torch.zeros(1, 4, *2 * [16 * factor]), torch.tensor(999.0), torch.zeros(1, 24, 128))
         assert len(table) == 14 and table["direct"](0) == dict(height=64 * factor, width=64 * factor)
         for name, changes in freescale_study.FREESCALE.items():
             free = table[name](0)["freescale"]

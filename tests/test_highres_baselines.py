@@ -184,6 +184,20 @@ def test_hidiffusion_shrinks_the_maps_when_and_where_it_should(monkeypatch):
         hidiffusion(UNETS[config], NATIVE, seeded())(*inputs(config, 8 * factor, 8 * factor, t))
     assert seen == [((2,), ()), ((), ()), ((2,), (3,)), ((2,), ()), ((), ()),
                     ((5,), ()), ((), (3,)), ((), ()), ((5,), (3,)), ((), (3,)), ((), ())]
+    seen.clear()
+    for config in (NARROW, XL):                                        # four times as wide, twice as high
+        hidiffusion(UNETS[config], NATIVE, seeded())(*inputs(config, 16, 32, 800))
+    assert seen == [((2,), (3,)), ((), (3,))]                          # SDXL's list for both sides is not for one
+
+
+def test_scale_crafters_dilation_ends_where_the_family_says(monkeypatch):
+    unet = UNETS[NARROW]
+    for factor, until, last in ((2, (0.6, 0.7), 0.6), (4, (0.6, 0.7), 0.7), (2, (0.4, 0.74), 0.4),
+                                (4, (0.4, 0.74), 0.74)):
+        for part, plain in ((last - 0.01, False), (last + 0.01, True)):
+            given = inputs(NARROW, 8 * factor, 8 * factor, 1000 * (1 - part))
+            out = scale_crafter(unet, NATIVE, guided=False, until=until)(*given)
+            assert torch.equal(out, unet(*given)) == plain
 
 
 # ---------------------------------------------------------------------------------------------------------- DemoFusion

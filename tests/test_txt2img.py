@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -276,6 +277,27 @@ def test_a_prompt_file_is_resumed_where_it_stopped(narrow, tmp_path, command):
     assert (out / "00000_4.png").stat().st_mtime_ns == first and np.array_equal(pixels(out / "00001_5.png"), kept)
 
 
+def test_a_picture_of_another_run_is_known_by_its_settings_and_files(narrow, tmp_path, command):
+    start, out = tmp_path / "start.png", tmp_path / "out"
+    Image.new("RGB", (16, 16), "red").save(start)
+    arguments = ("a circle", "--model", narrow, "--init-image", start, "--steps", 2, "--out", out)
+    assert command(*arguments)[0] == 0
+    assert "were there already" in command(*arguments)[1]
+    for more in (["--vae-tile", 8], ["--negative-prompt", ""]):
+        assert "made with another prompt or other settings" in command(*arguments, *more)[2]
+    Image.new("RGB", (16, 16), "blue").save(start)
+    assert "made with another prompt or other settings" in command(*arguments)[2]
+
+
+def test_compare_goes_on_where_only_the_picture_is_there(narrow, tmp_path, command):
+    arguments = ("a circle", "--model", narrow, "--steps", 6, "--cache", "deepcache", "--out", tmp_path / "out")
+    command(*arguments)
+    made = pixels(tmp_path / "out" / "00000_0.png")
+    assert "times as fast" in command(*arguments, "--compare")[1]
+    assert np.array_equal(pixels(tmp_path / "out" / "00000_0.png"), made)
+    assert "were there already" in command(*arguments, "--compare")[1]
+
+
 def test_two_processes_make_the_same_files_as_one(narrow, tmp_path, command):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\na red circle\na blue circle\n")
@@ -309,6 +331,43 @@ def test_start_pictures_of_every_kind_are_read_as_they_look(tmp_path):
                           (Image.fromarray(np.full((8, 8), 30000, np.uint16)), 117 / 255)):
         picture.save(args.init_image)
         assert torch.allclose(read_image(args), torch.tensor(want), atol=1e-6)
+
+
+def test_pictures_whose_metadata_is_damaged_are_named(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("L", (8, 8)).save(path, exif=b"no such thing")
+    with pytest.raises(InputError, match="can't read the picture"):
+        read_image(argparse.Namespace(init_image=path, width=8, height=8))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 2_000_000, zip=True)               # more than Pillow unpacks
+    Image.new("L", (8, 8)).save(path, pnginfo=info)
+    with pytest.raises(InputError, match="can't read the mask"):
+        flags_file.read_mask(path)
+    with pytest.raises(InputError, match="is there already"):
+        txt2img.finished(path, "")
+
+
+@pytest.mark.parametrize("settings", [
+    dict(sampler="euler-a"), dict(eta=1.0), dict(freescale=FreeScale(((16, 16), (32, 32))))])
+def test_the_seeds_own_first_noise_changes_nothing_when_it_is_passed(settings, narrow):
+    sd = StableDiffusion.load(narrow)
+    size = {} if "freescale" in settings else dict(height=16, width=16)
+    first = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    drawn, passed = (sd.sample("a circle", steps=4, seed=3, **size, **settings, **noise) for noise in (
+        {}, dict(noise=first)))
+    assert torch.equal(drawn, passed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps this record")
+def test_peak_memory_is_this_processs_own_and_a_closed_pipe_ends_it_quietly(narrow, tmp_path):
+    starter = ("import subprocess, sys; x = bytes(range(250)) * 4_000_000\n"
+               "done = subprocess.run(sys.argv[1:], capture_output=True, text=True); print(done.stdout + done.stderr)")
+    run = [sys.executable, ROOT / "txt2img.py", "a circle", "--model", narrow, "--steps", 1, "--out", tmp_path]
+    told = subprocess.run([sys.executable, "-c", starter, *map(str, run)], capture_output=True, text=True).stdout
+    assert float(re.search(r"peak memory (\S+) GB", told)[1]) < 0.9     # the starter's: 1
+    many = " ".join(shlex.quote(str(part)) for part in [*run[:-1], tmp_path / "many", "--n", 3])
+    done = subprocess.run(f"{many} | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_wrong_shapes_and_counts_are_named(narrow):
@@ -362,6 +421,7 @@ def test_the_official_defaults_are_set_and_flags_still_count(narrow, tmp_path, c
     out = tmp_path / "p.png"
     arguments = ("a circle", "--model", narrow, "--out", out, "--freescale-official", "--steps", 3)
     assert command(*arguments)[0] == 0 and pixels(out).shape == (128, 128, 3)
+    assert "Negative prompt: blurry, ugly" in Image.open(out).text["parameters"]
     text = Image.open(out).text["parameters"]
     for words in ("Steps: 3, Sampler: Euler, Schedule type: Automatic, CFG scale: 7.5", "Spacing: leading",
                   "32x32 64x64 128x128 restart 0.3 dilate 0.7 blur official upsample rgb", 'FreeU: "preset version 1'):
@@ -410,10 +470,22 @@ def test_a_stage_beyond_the_memory_is_refused_before_anything_is_loaded(flags, h
     assert "the stage 128x128 needs about" in stderr and list(tmp_path.iterdir()) == []
 
 
+def test_a_stage_far_beyond_the_memory_is_refused_without_a_plan(narrow, monkeypatch):
+    monkeypatch.setattr("memory.plan_stages", None)
+    for flags, free, words in ((["--resolutions", "32x32,65536x65536"], 10 ** 11, "1e+02 GB or more"),
+                               (["--freescale", "8", "--n", "4"], 6 * 256 * 256 * 4 * 4 - 1, "0.0063 GB or more")):
+        monkeypatch.setattr("memory.free_memory", lambda device, free=free: free)
+        args = flags_file.parse_arguments(["a circle", "--model", str(narrow), *flags])
+        settings = flags_file.sample_settings(args, folder.read_config(narrow))
+        with pytest.raises(InputError, match=re.escape(words)):
+            flags_file.check_memory(args, folder.read_config(narrow), settings["freescale"], None, 4,
+                                    torch.device("cpu"))
+
+
 def test_planning_a_large_stage_takes_seconds_and_says_so(narrow, monkeypatch, capsys):
-    monkeypatch.setattr("memory.free_memory", lambda device: 1)
+    monkeypatch.setattr("memory.free_memory", lambda device: 10 ** 9)
     monkeypatch.setattr("memory.plan_stages", lambda *_, **__: [argparse.Namespace(memory=0)])
-    for side, said in ((1024, ""), (1032, "planning the memory of the last stage: some seconds\n")):
+    for side, said in ((1024, ""), (1032, "planning the memory of the last stage: up to a minute\n")):
         args = flags_file.parse_arguments(["a circle", "--model", str(narrow), "--resolutions", f"32x32,{side}x{side}"])
         free = FreeScale(args.stages)
         flags_file.check_memory(args, folder.read_config(narrow), free, None, 1, torch.device("cpu"))
@@ -427,7 +499,7 @@ def test_planning_a_large_stage_takes_seconds_and_says_so(narrow, monkeypatch, c
     (["--resolutions", "64x64", "--width", "64"], "leave out --freescale, --width"),
     (["--resolutions", "32x32,64x64", "--freescale", "2"], "leave out --freescale"),
     (["--resolutions", "32x32", "--init-image", "x.png"], "give a second, larger one"),
-    (["--freescale", "2", "--strength", "0.5"], "--freescale-restart"),
+    (["--freescale", "2", "--strength", "0.5", "--init-image", "x.png"], "--freescale-restart"),
     (["--freescale", "2", "--detail", "2,1"], "one number without --detail-map"),
     (["--freescale", "2", "--detail", "much"], "one number"), (["--freescale", "2", "--detail", "-1"], "0 or more"),
     (["--freescale", "2", "--freescale-blur", "box"], "spatial or official"),
@@ -504,9 +576,13 @@ def test_a_model_in_the_unets_place_takes_no_caches_and_masks(narrow):
     (["a circle", "--steps", "1001"], "steps must be 1 to 1000"),
     (["a circle", "--sampler", "plms"], "ddim, dpm++2m, dpm++2m-karras, euler, euler-karras, euler-a"),
     (["a circle", "--spacing", "even"], "leading, linspace, trailing"),
-    (["a circle", "--strength", "1.5"], "--strength must be between 0 and 1"),
+    (["a circle", "--strength", "1.5", "--init-image", "x.png"], "--strength must be between 0 and 1"),
     (["a circle", "--cfg-scale", "nan"], "--cfg-scale must be a finite number"),
     (["a circle", "--eta", "1", "--sampler", "dpm++2m"], "--eta must be 0 with dpm++2m"),
+    (["a circle", "--eta", "0.5", "--sampler", "euler-a"], "--eta must be 0 with euler-a"),
+    (["caf\udce9"], "the prompt has bytes that are no UTF-8 text"),
+    (["a circle", "--negative-prompt", "\udce9"], "--negative-prompt has bytes that are no UTF-8 text"),
+    (["a circle", "--out", "f" * 245 + ".png"], "is too long"),
     (["a circle", "--vae-tile", "4"], "--vae-tile must be 0, or 8 or more"),
     (["a circle", "--n", "0"], "--n must be 1 or more"),
     (["a circle", "--seed", "-1"], "--seed must be 0 or more"),
@@ -517,6 +593,7 @@ def test_a_model_in_the_unets_place_takes_no_caches_and_masks(narrow):
     (["a circle", "--init-image", "nowhere.png"], "can't read the picture nowhere.png"),
     (["a circle", "--model", "nowhere"], "convert_weights.py SOURCE nowhere"),
     (["a circle", "--device", "abacus"], "abacus"),
+    (["a circle", "--device", "hpu"], "--device hpu can't be used here"),
     (["a circle", "--device", "meta"], "use cpu, cuda, mps or xpu"),
     (["a circle", "--out", "f.jpg"], "only PNG files are written"),
     (["a circle", "--width", "80000000000"], "the largest is 65536"),
@@ -568,7 +645,16 @@ def cut(path: Path) -> None:
     (lambda p: (p / "unet.safetensors").write_bytes(b"\x80\x04pickle"), "not a complete safetensors file"),
     (edit_config(lambda c: c["unet"].update(chanels=[8])), "did you mean channels?"),
     (edit_config(lambda c: c.pop("size")), "incomplete"),
-    (edit_config(lambda c: c.update(size="64")), "not a number of pixels"),
+    (edit_config(lambda c: c.update(size="64")), "size can't be '64'"),
+    (edit_config(lambda c: c["schedule"].update(train_steps="1000")), "train_steps can't be '1000'"),
+    (edit_config(lambda c: c["schedule"].update(steps_offset=None)), "steps_offset can't be None"),
+    (edit_config(lambda c: c["unet"].update(linear_proj=1)), "linear_proj can't be 1"),
+    (edit_config(lambda c: c["unet"].update(channels=["a"])), "channels can't be ('a',)"),
+    (edit_config(lambda c: c["unet"].update(heads=[3, 3])), "can't be split into 3 heads"),
+    (edit_config(lambda c: c["text_encoder"].update(heads=3)), "can't be split into 3 heads"),
+    (edit_config(lambda c: c["text_encoder"].update(activation="gelluu")), "quick_gelu, gelu"),
+    (edit_config(lambda c: c["text_encoder"].update(output="last")), "final, penultimate"),
+    (edit_config(lambda c: c.update(zero_negative=True)), "zero_negative is True"),
     (edit_config(lambda c: c.update(family="foo")), "sd15, sd21, sdxl, tiny"),
     (edit_config(lambda c: c.update(prediction="sample")), "epsilon, v"),
     (edit_config(lambda c: c.update(schedule=None)), "not a JSON object"),
@@ -745,8 +831,11 @@ def test_bad_cache_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, c
     (["--mask-shared", "--mask-random", 0.1], "--masks"), (["--mask-window", "--mask-reward", "clip"], "--mask-random"),
     (["--mask-window", "--masks", "m.safetensors"], "--mask-random"), (["--mask-iterations", 0], "--mask-reward"),
     (["--mask-keep", "best", "--mask-random", 0.1], "--mask-reward"), (["--mask-checkpoint"], "--mask-reward"),
-    (["--mask-schedule", "released"], "--mask-reward")])
-def test_flags_of_freescale_and_masks_that_would_do_nothing_are_refused(flags, needed, narrow, tmp_path, command):
+    (["--mask-schedule", "released"], "--mask-reward"), (["--strength", 0.5], "--init-image"),
+    (["--freeu-version", 1], "--freeu"), (["--freeu-window", "dc"], "--freeu"),
+    (["--freeu-backbone", "0:0.5", "--skip-tuning", "0.8"], "--freeu"),
+    (["--freeu-skip", "0:0.5"], "--freeu, --skip-tuning or --scale-long")])
+def test_flags_that_would_do_nothing_are_refused(flags, needed, narrow, tmp_path, command):
     code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path / "p.png", *flags)
     assert code == 2 and stderr == f"error: {flags[0]} does nothing without {needed}\n" and not list(tmp_path.iterdir())
 
