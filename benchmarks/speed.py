@@ -110,7 +110,7 @@ def rows_of(device: str) -> list[Row]:
 
 
 TARGETS = ("unet tiny guided eager", "unet sd15 256 guided", "unet sd15 512 guided eager", "decode sd15",
-           "text sd15", "load sd15", "read sd15", "command", "many")
+           "text sd15", "load sd15", "read sd15", "picture sd15", "command", "many")
 
 
 def chosen(rows: list[Row], patterns: list[str]) -> list[Row]:
@@ -591,13 +591,16 @@ def insert(text: str, new: str, mark: str = "speed") -> str:
 
 
 def other_rows(path: Path, about: dict[str, Any], again: set[str]) -> list[dict[str, Any]]:
-    """The rows of a file that were measured here, with these versions and settings, and are not measured again."""
+    """The rows of a file that are not measured again; InputError where machine, versions or settings were others."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        same = [all(r["machine"][name] == value for name, value in about.items() if name != "peak") for r in rows]
-        return [r for r, here in zip(rows, same) if here and r["row"] not in again]
+        rows = [r for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if r["row"] not in again]
+        others = {name for r in rows for name, value in about.items() if name != "peak" and r["machine"][name] != value}
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no file of this benchmark; choose another for --json") from None
+    if others:
+        raise InputError(f"the rows of {path} were measured with another {', '.join(sorted(others))}; choose another "
+                         "file for --json")
+    return rows
 
 
 def main() -> None:
@@ -614,8 +617,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the random weights here (default: nowhere)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="without the fresh processes "
                         "(they need Linux)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here; other rows of this "
-                        "machine stay")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here; the file's other "
+                        "rows stay")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table between this file's marks")
     parser.add_argument("--alone", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 No time is asserted here.
 """
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ import torch
 from test_txt2img import make_folder
 
 from benchmarks import speed
-from benchmarks.speed import Row, chosen, drift, error, insert, reached, rows_of, table, take_turns
+from benchmarks.speed import Row, chosen, drift, error, insert, other_rows, reached, rows_of, table, take_turns
 from cache import DeepCache, FasterDiffusion, TGate
 from folder import InputError, run_command
 from freescale import FreeScale
@@ -116,6 +117,19 @@ def test_the_machines_peaks_are_those_of_all_rows_from_least_to_greatest():
     rows = [{"machine": {"peak": peak}} for peak in (
         {"float32": "480 GFLOP/s", "bandwidth": "67 GB/s"}, {"float32": "99 GFLOP/s"}, {"float32": "435 GFLOP/s"})]
     assert reached(rows) == "bandwidth 67 GB/s, float32 99 GFLOP/s to 480 GFLOP/s"
+
+
+def test_a_files_rows_stay_and_those_of_other_settings_are_not_lost_without_a_word(tmp_path):
+    path, here = tmp_path / "speed.json", {"threads": 2, "rounds": 7, "peak": {"float32": "480 GFLOP/s"}}
+    rows = [{"row": "a", "machine": here}, {"row": "b", "machine": here | {"peak": {}}}]
+    path.write_text(json.dumps({"rows": rows}))
+    assert other_rows(path, here, {"a"}) == rows[1:]
+    with pytest.raises(InputError, match="measured with another rounds; choose another file"):
+        other_rows(path, here | {"rounds": 9}, {"a"})
+    assert other_rows(path, here | {"rounds": 9}, {"a", "b"}) == []
+    path.write_text("[]")
+    with pytest.raises(InputError, match="no file of this benchmark"):
+        other_rows(path, here, set())
 
 
 def test_the_table_goes_between_its_marks_and_nowhere_else():
