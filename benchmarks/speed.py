@@ -110,7 +110,7 @@ def rows_of(device: str) -> list[Row]:
 
 
 TARGETS = ("unet tiny guided eager", "unet sd15 256 guided", "unet sd15 512 guided eager", "decode sd15",
-           "text sd15", "load sd15", "read sd15", "picture sd15", "command", "many")
+           "text sd15", "load sd15", "read sd15", "command", "many")
 
 
 def chosen(rows: list[Row], patterns: list[str]) -> list[Row]:
