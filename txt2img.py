@@ -187,7 +187,8 @@ class StableDiffusion:
         negative_prompt: likewise, one for all or B. None: what the model's authors do without one ("", SDXL: zeros).
         seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
-        noise: (B, 4, h, w), unit variance, in place of the seeds' first draw.
+        noise: (B, 4, h, w), unit variance, to start from. The seeds then draw later noise alone, beginning with their
+            first numbers as in diffusers: with eta, "euler-a" and FreeScale, noise must be of other seeds.
         init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
         freescale: the stages of a large picture, see `freescale.py`. Height and width, if given, are the last stage's,
             noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
@@ -217,9 +218,9 @@ class StableDiffusion:
         if len(seeds) != len(context):
             raise InputError(f"there are {len(seeds)} seeds for {len(context)} prompts; give one, or as many")
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
-        drawn = draw_noise(generators, like)                           # drawn in any case: later draws are others
-        noise = drawn if noise is None else noise
+        if noise is None:
+            like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
+            noise = draw_noise(generators, like)
         shape = (len(context), self.config.unet.in_channels, height // factor, width // factor)
         if tuple(noise.shape) != shape:
             raise InputError(f"noise has shape {tuple(noise.shape)}, but {shape} is needed")

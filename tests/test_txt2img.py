@@ -347,17 +347,6 @@ def test_pictures_whose_metadata_is_damaged_are_named(tmp_path):
         txt2img.finished(path, "")
 
 
-@pytest.mark.parametrize("settings", [
-    dict(sampler="euler-a"), dict(eta=1.0), dict(freescale=FreeScale(((16, 16), (32, 32))))])
-def test_the_seeds_own_first_noise_changes_nothing_when_it_is_passed(settings, narrow):
-    sd = StableDiffusion.load(narrow)
-    size = {} if "freescale" in settings else dict(height=16, width=16)
-    first = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    drawn, passed = (sd.sample("a circle", steps=4, seed=3, **size, **settings, **noise) for noise in (
-        {}, dict(noise=first)))
-    assert torch.equal(drawn, passed)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps this record")
 def test_peak_memory_is_this_processs_own_and_a_closed_pipe_ends_it_quietly(narrow, tmp_path):
     starter = ("import subprocess, sys; x = bytes(range(250)) * 4_000_000\n"
