@@ -1,122 +1,131 @@
-"""Caches: between key steps only a part of the U-Net's units runs, the rest is reused from the last key step.
+"""Caches: between key steps only a part of the U-Net's units runs; the rest is reused from the last key step.
 
 The flat list of `unet.py`, in SD 1.x:    conv_in  d1 d2 ... d11   mid   u0 u1 ... u11      (numbers 0 to 24)
 Faster Diffusion reuses the left half:    -------------------------   and runs u0 ... u11
 DeepCache, branch b, reuses the middle:   conv_in  d1 ... db  ---------------   u(11-b) ... u11
 Inheritance (A-SDM) reuses any units.
 
-Start at `Features`, which `UNet.forward` asks what to run and what to reuse. `FasterDiffusion`, `DeepCache` and
-`Inherit` are settings; the sampling loop makes a `Features` from them for every run and throws it away afterwards.
-`TGate` composes with them: from a step on, it reuses the attention to the text, or drops guidance, or both.
+Start at `Reuse`, which `UNet.encode` and `decode` ask what to run. `FasterDiffusion`, `DeepCache` and `Inherit` are
+settings; the sampling loop makes `Features` from them for every run and drops it after the run. `TGate` composes with
+them: from a step on, it reuses the attention to the text, or drops guidance, or both.
 Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858; A-SDM, arXiv 2406.00210; T-GATE, arXiv
 2404.02747. Checked against outputs of the official codes of the first two: hutaiHang/Faster-Diffusion, and DeepCache's
-pip package, whose branch numbers are ours (its paper's fork has one less).
+pip package, whose branch numbers are used here (the fork of its paper counts one less).
 """
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from freescale import Stage
-    from freeu import FreeU
-    from maskunet import MaskRun
-    from unet import PerUnit, UNet
+from unet import PerUnit, UNetConfig
 
 
 @dataclass
 class Features:
-    """What one run keeps from its last key step: a local variable of the sampling loop, never written to in place.
+    """What one run keeps of its last key step, for each set of branches that it predicts together.
 
-    reused: the numbers of the units whose output is kept at key steps and stands in for them at the others. A unit
+    run: the `sampler.Run`.
+    reused: the numbers of the units whose outputs are kept at key steps and stand in for them at the others. A unit
     whose output nobody would read doesn't run either, and is not kept.
     """
+    run: Any
     keys: frozenset[int]
-    steps: int
-    up_units: int
-    reused: frozenset[int] = frozenset()
-    parallel: bool = False                      # the settings of `FasterDiffusion`
-    max_batch: int | None = None
-    alpha: float = 0.0
-    tau: float = 500
-    late: bool = False
-    step: int = -1                              # the present one
-    key: bool = True                            # does everything run at the present step?
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    ahead: list[Tensor] = field(default_factory=list)     # parallel: predictions of this group's steps to come
+    reused: frozenset[int]
+    kept: dict[tuple[int, ...], dict[int, Tensor]] = field(default_factory=dict)
+    parallel = False
 
     def __post_init__(self) -> None:
-        self.between, self.read = live_units(self.up_units, self.reused)
+        self.middle = self.run.network("a cache").middle
+        self.keys, (self.live, self.read) = self.keys | self.run.turns, live_units(self.middle, self.reused)
 
-    def at(self, step: int) -> "Features":
-        """Set for this step, by the loop. ValueError where steps fall: that is another image, which needs its own."""
-        if step < self.step:
-            raise ValueError("these features belong to another image's run: make new ones for every run")
-        self.step, self.key = step, step in self.keys
-        return self
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Reuse":
+        key = calls[0] in self.keys
+        return Reuse(key, self.live, self.read, {} if key else self.kept[halves], self.kept.setdefault(halves, {}))
+
+    def units(self, i: int) -> frozenset[int]:
+        """The numbers of the units that run at call i."""
+        return frozenset(range(2 * self.middle + 1)) if i in self.keys else self.live
+
+    def inject(self, i: int, x: Tensor, predicted: bool = False) -> Tensor:
+        """The latents before call i (predicted: after it), with Faster Diffusion's prior noise."""
+        return x
+
+
+@dataclass
+class Reuse:
+    """A cache at one call, for the U-Net."""
+    key: bool                                   # does everything run?
+    live: frozenset[int]                        # the units that run in any case
+    read: frozenset[int]                        # the units whose kept outputs they read
+    given: dict[int, Tensor]
+    kept: dict[int, Tensor]
 
     def runs(self, unit: int) -> bool:
-        """Does this unit run at the present step?"""
-        return self.key or unit in self.between
+        return self.key or unit in self.live
 
     def output(self, unit: int, h: Tensor | None) -> Tensor | None:
-        """The place behind every unit: keep its output at key steps, give it back (None: nobody reads it) at others."""
+        """The place after every unit: at key steps keep its output, at others give it back (None: nobody reads it)."""
         if self.key and unit in self.read:
             self.kept[unit] = h
-        return h if self.runs(unit) else self.kept.get(unit)
+        return h if self.runs(unit) else self.given.get(unit)
 
-    def units_run(self, first: int = 0) -> tuple[int, int]:
-        """How many units a run from step `first` executes, and how many without a cache: conv_in and the middle too."""
-        every, steps = 2 * self.up_units + 1, range(first, self.steps)
-        full = sum(step in self.keys for step in steps)
-        return full * every + (len(steps) - full) * len(self.between), len(steps) * every
 
-    def inject(self, x: Tensor, prior: Tensor, t: float, late: bool = False) -> Tensor:
-        """Prior noise injection: at times below tau, the latent plus a little of the noise that the run began with."""
-        return x + self.alpha * prior if self.alpha and t < self.tau and late == self.late else x
+@dataclass
+class Injecting(Features):
+    """Faster Diffusion in a run: serial decoding, with prior noise."""
+    settings: Any = None
 
-    def decode_ahead(self, unet: "UNet", x: Tensor, i: int, shifts: list["PerUnit"], text: "PerUnit",
-                     freeu: "FreeU | None", gate: "TextGate | None" = None, masks: "MaskRun | None" = None,
-                     stage: "Stage | None" = None) -> Tensor:
-        """Parallel Faster Diffusion: at a key step, predict for it and all steps up to the next one; else look it up.
+    def inject(self, i: int, x: Tensor, predicted: bool = False) -> Tensor:
+        run, s = self.run, self.settings
+        if not s.alpha or run.plan.times[i] >= s.tau or predicted != (s.parallel and s.official_order):
+            return x
+        strength = run.plan.start_scale if run.init is None else math.sqrt(1 - run.plan.now[run.first])
+        return x + s.alpha * (strength * run.noise)
 
-        One call of the encoder, and the decoder on one batch: the rows of the first step, of the second, and so on.
-        """
-        if self.key:
-            if gate is not None:
-                gate.steps = 1
-            scale = None if stage is None else stage.at(i)
-            h, skips = unet.encode(x, shifts[i], text, gate=gate, freescale=scale)
-            group = list(takewhile(lambda j: j == i or j not in self.keys, range(i, self.steps)))
-            most = max(1, (self.max_batch or len(group) * len(x)) // len(x))              # steps a batch
-            while group:
-                strength = [None if freeu is None else freeu.at(j / self.steps) for j in group[:most]]
-                n = next((k for k, s in enumerate(strength) if s != strength[0]), len(strength))    # alike in FreeU
-                if gate is not None:
-                    gate.steps = n
-                if stage is not None:                                  # step i goes on with its encoder's windows
-                    scale = scale.together([scale if j == i else stage.at(j) for j in group[:n]])
-                out = unet.decode(repeat(h, n), [repeat(skip, n) for skip in skips],
-                                  stack_steps([shifts[j] for j in group[:n]], len(x)),
-                                  text._replace(up=[kv and [(repeat(k, n), repeat(v, n)) for k, v in kv]
-                                                    for kv in text.up], source=repeat(text.source, n)),
-                                  strength[0], None, gate, None if masks is None else masks.at(*group[:n]), scale)
-                self.ahead += out.chunk(n)
-                group = group[n:]
-        return self.ahead.pop(0)
 
-    def start(self, *_: object) -> "Features":
-        """ValueError: for where the settings are asked for, and these are given."""
-        raise ValueError("these are the features of one run: give the settings (DeepCache, ...) as the cache instead")
+@dataclass
+class Ahead(Injecting):
+    """Faster Diffusion in a run: a key step and all steps up to the next one are decoded in one batch."""
+    waiting: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)     # predictions of the calls to come
+    parallel = True
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> None:
+        return None                             # every unit runs, but those of the encoder only when `ahead` says so
+
+    def ahead(self, x: Tensor, i: int, halves: tuple[int, ...]) -> Tensor:
+        """The prediction of call i: at a key step, one pass of the encoder and the decoder on batches of calls."""
+        run, waiting = self.run, self.waiting.setdefault(halves, [])
+        if i in self.keys:
+            shifts, text, _ = run.inputs(halves)
+            x = torch.cat([x.to(text.source.dtype)] * len(halves))
+            h, skips = run.unet.encode(x, shifts[i], text, run.on((i,), halves))
+            for group in self.groups(i, len(x)):
+                n = len(group)
+                waiting += run.unet.decode(
+                    repeat(h, n), [repeat(skip, n) for skip in skips], stack([shifts[j] for j in group], len(x)),
+                    PerUnit([[(repeat(k, n), repeat(v, n)) for k, v in unit] for unit in text.of],
+                            repeat(text.source, n)), run.on(group, halves)).chunk(n)
+        return waiting.pop(0)
+
+    def groups(self, i: int, rows: int) -> Iterator[tuple[int, ...]]:
+        """The calls from i to the next key step, as many together as fit into a batch and can be decoded in one."""
+        most, group = max(1, (self.settings.max_batch or 10 ** 9) // rows), (i,)
+        for j in takewhile(lambda j: j not in self.keys, range(i + 1, self.run.plan.calls)):
+            if len(group) == most or not self.run.alike(group[0], j):
+                yield group
+                group = ()
+            group += (j,)
+        yield group
 
 
 def live_units(up_units: int, reused: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
-    """Which units run between key steps, and whose kept outputs they read: what is read, from the last unit back."""
+    """Which units run between key steps, and whose kept outputs they read: from the last unit back to what it needs."""
     run, read, todo = set(), set(), [2 * up_units]
     while todo:
         unit = todo.pop()
@@ -130,37 +139,41 @@ def live_units(up_units: int, reused: frozenset[int]) -> tuple[frozenset[int], f
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
-    """(B, ...) -> (n * B, ...), the batch n times over."""
+    """(B, ...) -> (n * B, ...), the batch n times."""
     return x if n == 1 else x.repeat(n, *[1] * (x.dim() - 1))
 
 
-def stack_steps(shifts: list["PerUnit"], batch: int) -> "PerUnit":
-    """The up units' time shifts, and the times' embeddings, of several steps as one batch, `batch` rows a step."""
-    rows = [[shift.expand(batch, -1) for shift in (*step.up, step.source)] for step in shifts]
-    *up, source = [torch.cat(unit) for unit in zip(*rows)]
-    return shifts[0]._replace(up=up, source=source)
+def stack(shifts: list[PerUnit], rows: int) -> PerUnit:
+    """The shifts of several calls as one batch, with `rows` rows per call."""
+    def together(each: Iterable[Tensor]) -> Tensor:
+        return torch.cat([x.expand(rows, -1) for x in each])
+    return PerUnit([[together(resnet) for resnet in zip(*unit)] for unit in zip(*(step.of for step in shifts))],
+                   together(step.source for step in shifts))
 
 
 @dataclass(frozen=True)
 class FasterDiffusion:
-    """Reuse the encoder. Between key steps the prediction then doesn't depend on the latent, only on the time.
+    """Faster Diffusion: reuse the encoder.
+
+    Between key steps the prediction depends on the time alone, not on the latents. That makes parallel decoding
+    possible, with stochastic samplers too.
 
     keys: "paper", the released list for 50 steps, as it is; "rescaled", the same list stretched to the number of steps;
         "square", gaps that grow by one (the released "pro"); a number n, every n-th step; or the steps themselves.
-    parallel: decode a key step and those behind it in one batch, of as many whole steps as max_batch rows hold, and one
-        at least: a step's rows are one batch in the encoder too. Valid with every sampler, stochastic ones too: the
-        predictions don't depend on the latents between, and the noise is drawn step by step.
-    alpha, tau: prior noise injection: at the times below tau, of 1000 (released: the second half), add alpha times the
-        noise that the run began with to the latent at every step, 0.003 in the paper, which brings back texture that
-        reuse takes away. Of a run that begins with a picture it is the noise alone, as strong as it was added there.
-        (All samplers run on the variance-preserving latent here; the released code adds to Euler's x, which is larger.)
-    official_order: in parallel mode, add it behind the prediction as released, not before it as in the paper; only then
-        does parallel differ from serial.
+    parallel: decode a key step together with the steps up to the next one.
+    max_batch: rows of the batch in which they are decoded, at most; but never less than one step.
+    alpha: how much prior noise is injected at every step below tau. It is the noise with which the run began, and
+        brings back texture that reuse takes away. 0.003 is the paper's; 0: none. In img2img, only the noise that was
+        added to the start picture is injected, at the strength it had there. (All samplers run on the
+        variance-preserving latent here; the released code adds to Euler's x, which is larger.)
+    official_order: with parallel, inject after the prediction, as released, not before it, as in the paper. Parallel
+        and serial decoding differ in this case alone.
+    tau: the time, of 1000, below which noise is injected (released: the second half).
     """
-    keys: str | int | tuple[int, ...] = "paper"
+    keys: Literal["paper", "rescaled", "square"] | int | tuple[int, ...] = "paper"
     parallel: bool = False
     max_batch: int | None = None
-    alpha: float = 0.0
+    alpha: float = 0.003
     official_order: bool = False
     tau: float = 500
 
@@ -172,33 +185,35 @@ class FasterDiffusion:
             raise ValueError(f"the time below which noise is injected (tau) must be 0 to 1000, not {self.tau:g}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"the injected noise (alpha) must be between 0 and 1, not {self.alpha:g}; 0.003 is usual")
+        for name in ("max_batch", "official_order"):
+            if getattr(self, name) and not self.parallel:
+                raise ValueError(f"Faster Diffusion's {name} does nothing without parallel")
 
-    def key_steps(self, steps: int) -> list[int]:
-        """The steps at which everything runs, of a run of so many."""
-        return key_steps(self.keys, steps)
+    def check(self, config: UNetConfig, steps: int) -> None:
+        """ValueError for settings that don't fit this U-Net or this number of steps; likewise below."""
+        key_steps(self.keys, steps)
 
-    def start(self, steps: int, more: set[int], unet: "UNet") -> Features:
-        """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
-        n = len(unet.up_units())
-        return Features(more.union(self.key_steps(steps)), steps, n, frozenset(range(n + 1)),
-                        self.parallel, self.max_batch, self.alpha, self.tau, self.parallel and self.official_order)
+    def start(self, run: Any) -> Features:
+        make, keys = Ahead if self.parallel else Injecting, frozenset(key_steps(self.keys, run.plan.calls))
+        return make(run, keys, frozenset(range(run.network("a cache").middle + 1)), settings=self)
 
 
 @dataclass(frozen=True)
 class DeepCache:
-    """Reuse the deep units: between key steps, run conv_in, `branch` down units and the last `branch` + 1 up units.
+    """DeepCache: between key steps, run conv_in, `branch` down units and the last `branch` + 1 up units.
 
-    branch: 0 (the package's default: fastest) to one less than the number of up units; the paper's is 1 here.
-    center, power: None, a key every `interval` steps; else as many keys, denser around step `center` (paper: 15 and 1.4
-        of 50 steps), the more so the larger the power is; 1: evenly.
-    schedule: of these, "released" for the keys of the published numbers, in which Python's power of a negative number
-        was complex and only the real part used; "paper" for the formula as printed.
+    interval: a key step every so many steps.
+    branch: 0 (the package's default, the fastest) to one less than the number of up units; the paper's is 1 here.
+    center: None, or the step around which the key steps are denser; as many key steps (paper: 15, of 50 steps).
+    power: with center, how much denser they are; 1: evenly spaced (paper: 1.4).
+    schedule: with center: "released" for the key steps of the published numbers, where Python's power of a negative
+        number was complex and only its real part was used; "paper" for the formula as printed.
     """
     interval: int = 3
     branch: int = 0
     center: int | None = None
     power: float = 1.4
-    schedule: str = "released"
+    schedule: Literal["released", "paper"] = "released"
 
     def __post_init__(self) -> None:
         if not is_whole(self.interval) or self.interval < 1:
@@ -211,57 +226,63 @@ class DeepCache:
             raise ValueError(f"DeepCache's power must be 0.1 to 10, not {self.power:g}; 1.2 to 1.5 are published")
         if self.schedule not in ("released", "paper"):
             raise ValueError(f"DeepCache's schedule is released or paper, not {self.schedule!r}")
+        for name in ("power", "schedule"):
+            if self.center is None and getattr(self, name) != getattr(DeepCache, name):
+                raise ValueError(f"DeepCache's {name} does nothing without center")
 
     def key_steps(self, steps: int) -> list[int]:
-        """The steps at which everything runs, of a run of so many."""
+        """The steps at which everything runs."""
         if self.center is None:
             return key_steps(self.interval, steps)
         if not 0 < self.center < steps:
             raise ValueError(f"DeepCache's center {self.center} is not between the first and the last of {steps} steps")
         return nonuniform_keys(steps, math.ceil(steps / self.interval), self.center, self.power, self.schedule)
 
-    def start(self, steps: int, more: set[int], unet: "UNet") -> Features:
-        """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
-        n = len(unet.up_units())
+    def check(self, config: UNetConfig, steps: int) -> None:
+        n = len(config.channels) * (config.layers + 1)
         if self.branch >= n:
             raise ValueError(f"DeepCache's branch {self.branch} is too large: this U-Net has 0 to {n - 1}")
-        reused = range(self.branch + 1, 2 * n - self.branch)
-        return Features(more.union(self.key_steps(steps)), steps, n, frozenset(reused))
+        self.key_steps(steps)
+
+    def start(self, run: Any) -> Features:
+        unet = run.network("a cache")
+        self.check(unet.config, run.plan.calls)
+        reused = range(self.branch + 1, 2 * unet.middle - self.branch)
+        return Features(run, frozenset(self.key_steps(run.plan.calls)), frozenset(reused))
 
 
 @dataclass(frozen=True)
 class Inherit:
-    """Reuse the outputs of any units: A-SDM's feature inheritance, of which the other two are special cases.
+    """Feature inheritance (A-SDM): reuse the outputs of any units. The other two caches are special cases.
 
-    units: names and ranges of the flat list, such as "mid,u0-u2" or "d4-u7"; conv_in, d1 ..., mid, u0 ... (see above).
-    keys: as Faster Diffusion's; a number n (every n-th step), or the steps themselves, are what makes most sense here.
+    units: names and ranges of the flat list, such as mid:u0-u2 or d4-u7; conv_in, d1, d2, ..., mid, u0, u1, ...
+    keys: a number n, every n-th step; the steps themselves; or a word, as for Faster Diffusion.
     """
     units: str
-    keys: str | int | tuple[int, ...] = 3
-    parallel = False                            # the units between may need the latent
+    keys: Literal["paper", "rescaled", "square"] | int | tuple[int, ...] = 3
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "units", self.units.replace(" ", "").replace(",", ":"))
         check_keys(self.keys)
 
-    def key_steps(self, steps: int) -> list[int]:
-        """The steps at which everything runs, of a run of so many."""
-        return key_steps(self.keys, steps)
+    def check(self, config: UNetConfig, steps: int) -> None:
+        unit_numbers(self.units, len(config.channels) * (config.layers + 1))
+        key_steps(self.keys, steps)
 
-    def start(self, steps: int, more: set[int], unet: "UNet") -> Features:
-        """What the sampling loop makes for every run; `more` are key steps in any case, its first step among them."""
-        n = len(unet.up_units())
-        return Features(more.union(self.key_steps(steps)), steps, n, unit_numbers(self.units, n))
+    def start(self, run: Any) -> Features:
+        return Features(run, frozenset(key_steps(self.keys, run.plan.calls)),
+                        unit_numbers(self.units, run.network("a cache").middle))
 
 
 def unit_numbers(text: str, up_units: int) -> frozenset[int]:
-    """The numbers of the units that a text such as "conv_in,d4-mid,u0" names."""
+    """The numbers of the units that a text such as "conv_in:d4-mid:u0" names."""
     names = ["conv_in", *(f"d{i}" for i in range(1, up_units)), "mid", *(f"u{i}" for i in range(up_units))]
     numbers = set()
-    for part in text.replace(" ", "").split(","):
+    for part in text.split(":"):
         first, _, last = part.partition("-")
         if first not in names or (last or first) not in names or names.index(last or first) < names.index(first):
             raise ValueError(f"the cache's units are names and ranges of conv_in, d1 to d{up_units - 1}, mid, u0 to "
-                             f"u{up_units - 1}, such as mid,u0-u2; {part!r} is none of them in this U-Net")
+                             f"u{up_units - 1}, such as mid:u0-u2; {part!r} is none of them in this U-Net")
         numbers |= set(range(names.index(first), names.index(last or first) + 1))
     return frozenset(numbers)
 
@@ -287,7 +308,7 @@ def is_whole(value: object) -> bool:
 
 
 def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
-    """The steps that `FasterDiffusion.keys` means in a run of so many. ValueError where they don't fit into it."""
+    """The steps that `FasterDiffusion.keys` means in a run of so many steps. ValueError where they don't fit."""
     if keys == "paper":
         return [k for k in PAPER_KEYS if k < steps]
     if keys == "rescaled":
@@ -304,22 +325,25 @@ def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
 
 
 def notes(keys: list[int], steps: int) -> list[str]:
-    """What to tell somebody who asks for these key steps: sentences, none where all is as published."""
+    """Sentences for somebody who asks for these key steps; none where they are as published."""
     longest = max(b - a for a, b in zip(keys, [*keys[1:], steps]))
     if longest == 1:
         return ["every step is a key step: the cache saves nothing"]
-    found = [] if longest <= 0.3 * steps else [
-        f"features are reused over {longest} of {steps} steps, more than in any published schedule (15 of 50): expect "
-        "other pictures, or use more keys"]
-    return found if steps >= 20 else [
-        *found, f"caches were published for 20 to 50 steps and lose more with {steps}; distilled models can't use them"]
+    found = []
+    if longest > 0.3 * steps:
+        found += [f"features are reused over {longest} of {steps} steps, more than in any published schedule (15 of "
+                  "50): expect other pictures, or use more keys"]
+    if steps < 20:
+        found += [f"caches were published for 20 to 50 steps and lose more with {steps}; distilled models can't use "
+                  "them"]
+    return found
 
 
 def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule: str = "released") -> list[int]:
     """Keys at l ** power + center for evenly spaced l (DeepCache, eq. 9): fewer than `count` where they fall together.
 
-    "released": l from (-center) ** (1 / power), a complex number in Python, along a line in the complex plane, the real
-    part truncated; with a smaller power (by 0.02) until there are `count` different keys.
+    "released": (-center) ** (1 / power) is a complex number in Python, so l lies on a line in the complex plane. The
+    real part is truncated, and the power lowered by 0.02 until there are `count` different keys.
     """
     if schedule == "paper":
         ends = [math.copysign(abs(end) ** (1 / power), end) for end in (-center, steps - center)]
@@ -340,18 +364,20 @@ def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule:
 
 @dataclass(frozen=True)
 class TGate:
-    """T-GATE: the text acts in the first `step` steps alone. Two separate choices for the steps from there on:
+    """T-GATE: the text acts in the first `step` steps alone.
 
-    text: "reuse" what attention to the text gave last, or "compute" it as before.
-    guidance: "drop" it (one row a picture instead of two), or "keep" it. Most of T-GATE's saving is this: attention to
-        the text is 4 % of SD 1.5's arithmetic.
-    The paper and its release do "reuse" and "drop", with the mean of both halves' attention. With guidance kept, each
-    half reuses its own (of a common mean, both would predict the same, and guidance do nothing). The last of the
-    `step` steps is kept, or where a cache skipped a unit there, what that gave last.
+    The paper and its release do text "reuse" and guidance "drop", with the mean of both branches' attention. With
+    guidance kept, each branch reuses its own: with a common mean both would predict the same. Reused is the result of
+    the last of these steps; for a unit that a cache skipped there, its latest result.
+
+    step: how many steps the text acts in, 1 or more.
+    text: from there on, "reuse" the last result of attention to the text, or "compute" it as before.
+    guidance: from there on, "drop" it (one row per image instead of two), or "keep" it. Most of T-GATE's saving is
+        this: attention to the text is 4 % of SD 1.5's arithmetic.
     """
     step: int
-    text: str = "reuse"
-    guidance: str = "drop"
+    text: Literal["reuse", "compute"] = "reuse"
+    guidance: Literal["drop", "keep"] = "drop"
 
     def __post_init__(self) -> None:
         if not is_whole(self.step) or self.step < 1:
@@ -362,31 +388,58 @@ class TGate:
         if self.text == "compute" and self.guidance == "keep":
             raise ValueError("T-GATE with the text computed and guidance kept does nothing: change one of them")
 
-    def start(self, steps: int, first: int) -> tuple[int, "TextGate | None"]:
-        """The step from which it acts, of a run from step `first` (computed in any case), and what it keeps."""
+    def check(self, config: UNetConfig, steps: int) -> None:
         if self.step >= steps:
             raise ValueError(f"T-GATE's step {self.step} is beyond the last of {steps} steps ({steps - 1})")
-        return max(self.step, first + 1), TextGate() if self.text == "reuse" else None
+
+    def turns(self, plan: Any, first: int) -> set[int]:
+        """The call from which it acts; the first call of a run is computed in any case."""
+        self.check(None, plan.steps)
+        return {max(plan.first_call(self.step), first + 1)}
+
+    def start(self, run: Any) -> "Gating":
+        run.network("T-GATE")
+        return Gating(self, *self.turns(run.plan, run.first))
+
+
+@dataclass
+class Gating:
+    """T-GATE in a run: the last results of attention to the text, for each set of branches, by TransformerBlock."""
+    settings: TGate
+    turn: int                                   # the first call without the text
+    kept: dict[Any, dict[torch.nn.Module, Tensor]] = field(default_factory=dict)
+
+    def guided(self, i: int) -> bool:
+        return i < self.turn or self.settings.guidance == "keep"
+
+    def open(self, i: int) -> bool:
+        """Is the text attended to at call i?"""
+        return i < self.turn or self.settings.text == "compute"
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "TextGate | None":
+        if self.settings.text == "compute":
+            return None
+        is_open = self.open(calls[0])
+        mean = not is_open and self.settings.guidance == "drop" and halves == (1,)        # of both branches
+        return TextGate(is_open, len(calls), "mean" if mean else halves, self.kept)
 
 
 @dataclass
 class TextGate:
-    """What one run keeps of its attention to the text: for each TransformerBlock, what that gave last."""
-    open: bool = True                           # is it computed at the present step?
-    steps: int = 1                              # in one batch: parallel Faster Diffusion decodes several
-    kept: dict["torch.nn.Module", Tensor] = field(default_factory=dict)
+    """T-GATE at one call, or at several in one batch, for the U-Net. open: is the text attended to?"""
+    open: bool
+    calls: int
+    halves: tuple[int, ...] | str
+    kept: dict[Any, dict[torch.nn.Module, Tensor]]
 
-    def close(self, other: "TextGate | None" = None, average: bool = False) -> None:
-        """From here on it is reused. average: both halves of guidance become one; the first is here or in `other`."""
-        self.open = False
-        if average:
-            first_and_second = {block: h.chunk(2) if other is None else (other.kept[block], h)
-                                for block, h in self.kept.items()}
-            self.kept = {block: (a + b) / 2 for block, (a, b) in first_and_second.items()}
-
-    def output(self, block: "torch.nn.Module", h: Tensor) -> Tensor:
-        """The place behind attention to the text: keep what it gave (the last of several steps), or give it back."""
+    def output(self, block: torch.nn.Module, h: Tensor) -> Tensor:
+        """The place after attention to the text: keep its result (the last call's), or give the kept one back."""
+        mine = self.kept.setdefault(self.halves, {})
         if self.open:
-            self.kept[block] = h if self.steps == 1 else h.chunk(self.steps)[-1].clone()
+            mine[block] = h if self.calls == 1 else h.chunk(self.calls)[-1].clone()
             return h
-        return repeat(self.kept[block], self.steps)
+        if block not in mine:                                          # guidance was dropped before this call
+            kept = self.kept                                           # of both branches together, or of each
+            a, b = kept[0, 1][block].chunk(2) if (0, 1) in kept else (kept[0,][block], kept[1,][block])
+            mine[block] = (a + b) / 2
+        return repeat(mine[block], self.calls)

@@ -1,86 +1,111 @@
 """FreeScale: pictures of several times the training size from an unchanged U-Net, stage by stage.
 
-Start at `FreeScale`, the settings; `sampler.generate` makes a `Stage` from them for every stage behind the first, and
-the U-Net gets a `Scale` at every step. Three parts: `Scale.__call__`, scale fusion, stands in for self-attention: local
-windows of the training size give the large shapes, attention over the whole map the finest detail. `Scale.dilation`
-spreads the deepest encoder convolutions. `enlarge` and `Stage.mix` are the cascade: enlarge the finished picture, noise
-it, restart, and hold on to it at first.
+Start at `FreeScale`, the settings; the sampling loop makes a `Stage` from them for every stage after the first, and the
+U-Net gets a `Scale` at every step. There are three parts. Scale fusion, `Scale.__call__`, takes the place of
+self-attention: attention in local windows of the training size gives the large shapes, attention over the whole map the
+finest detail. `Scale.convolve` dilates the deepest convolutions of the encoder. The cascade, `enlarge` and `Stage.mix`,
+enlarges the finished picture, adds noise, restarts, and draws the latents to that picture at first.
 Shapes: B rows, H W tokens of a map (N = H * W), h w latent pixels, C channels, V windows.
 Source: FreeScale, arXiv 2412.09626. Checked against outputs of the official code (ali-vilab/FreeScale), which differs
-from the paper in what `blur` and `restart` below say; `--freescale-official` of txt2img.py sets all its defaults. Away
-from square pictures of a whole number of training sides this file goes its own way: windows keep the training pictures'
-square, each axis has its own dilation, and the blur's size is rounded up.
+from the paper as `blur` and `restart` below say; the README has the flags that set all its defaults. For pictures that
+are not square or not a whole number of training sides, this file has rules of its own: windows stay square like the
+training pictures, each axis has its own dilation, and the size of the blur is rounded up.
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from unet import UNMASKED, AttentionMasks, linear
-
-if TYPE_CHECKING:
-    from unet import Attention
-    from vae import VAE
+from unet import OFF, Attention, Techniques, linear
 
 WINDOW_TOKENS = 65536      # local attention takes as many windows at a time as have this many tokens
 
 
 class Shape(Protocol):
-    """What is asked of a U-Net's config: ResBlocks per level on the way down."""
-    layers: int
+    """What is asked of a U-Net's config."""
+    channels: tuple[int, ...]
+    layers: int                        # ResBlocks per level on the way down
 
 
-@dataclass(frozen=True, eq=False)
+class Decoder(Protocol):
+    """What is asked of a VAE by `enlarge`."""
+    config: Any
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor: ...
+    def encode(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+class Size(NamedTuple):
+    """The sides of a picture in pixels. As text they are width x height, as people write them."""
+    height: int
+    width: int
+
+    @staticmethod
+    def read(text: str) -> "Size":
+        width, cross, height = text.partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal()):
+            raise ValueError(f"a size is WIDTHxHEIGHT, such as 512x512, not {text!r}")
+        return Size(int(height), int(width))
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
 class FreeScale:
-    """Settings of a run; each default is the official one unless it says otherwise.
+    """FreeScale: pictures larger than the model's own, in stages.
 
-    resolutions: (height, width) of every stage in pixels, multiples of 8 that don't fall. The first is sampled as usual
-        (or is a picture of one's own), the last is the result.
-    native: latent side of the pictures the model was trained with (SD 1.5: 64); None: `StableDiffusion.sample` knows.
+    Each default is the official one unless it says otherwise.
+
+    resolutions: a factor (2, 4 or 8): from the model's own size, or that of --width and --height, doubled up to it. Or
+        the size of every stage in pixels, multiples of 8 that don't fall, such as 512x512:1024x1024. The first stage is
+        sampled as usual (or is a picture that is given), the last is the result.
+    detail: alpha of the factor that draws towards the noised picture, see `Stage.mix`. Larger: freer, more new detail;
+        1 to 2 are usual, at most 1 for 8 times the size. 0: the picture itself up to the last step; inf: img2img.
+    outside: alpha where the picture of detail_map is black.
+    detail_map: a gray picture as large as one of the stages; alpha is `detail` where it isn't black.
     restart: the fraction of the steps that a later stage skips: it starts from its enlarged picture with the noise of
-        step int(restart * steps). (The paper names none; this is the released code's.)
-    detail: alpha of the factor c that draws towards the noised picture, see `Stage.mix`. Larger: freer, more new
-        detail. 0: the picture itself up to the last step; infinity: none, img2img. Or alpha by pixel (H, W), as large
-        as one of the resolutions.
-    upsample: between stages, "rgb" (decode, enlarge, encode) or "latent" (enlarge the latent: no VAE in between).
-    attention: "fused"; or for comparison one of its parts alone, "global" (plain attention) or "local".
+        step int(restart * steps). (The paper gives no number; this is the released code's.)
+    upsample: between stages, "rgb" (decode, enlarge, encode) or "latent" (enlarge the latent, without the VAE).
     blur: what splits low from high frequencies: "spatial", over height and width as in the paper, or "official", which
-        also blurs over neighbouring channels. The default is the former: on the tiny model at twice its size it got 148
-        of 200 pictures right, "official" 142 (no more than chance; direct inference 27), and it is cheaper by a blur
-        and an output projection.
+        also blurs over neighbouring channels. On the tiny model at twice its size, "spatial" got 148 of 200 pictures
+        right, "official" 142 (within chance; direct inference 27), and "spatial" is cheaper.
     fast: global attention on interleaved sub-grids of the training size instead of all tokens at once.
-    dilate: the fraction of the steps up to which the restrained convolutions are dilated. 0: never.
-    dilate_from: the first level whose ResBlocks, and the downsampler that leads to it, are dilated, and all behind it
-        to the middle. 2 are SDXL's published layers, and SD's of the same width; SD's deepest level alone is 3.
+    dilate: the fraction of the steps up to which deep convolutions are dilated. 0: never.
+    dilate_from: the first dilated level: its ResBlocks, the downsampler that leads to it, and all deeper layers of the
+        encoder. 2 are SDXL's published layers, and SD's of the same width; 3 is the deepest level of SD alone.
+    attention: "fused"; or for comparison one of its parts alone, "global" (plain attention) or "local".
+    native: latent side of the model's training pictures (SD 1.5: 64); None: the model's own.
     """
-    resolutions: tuple[tuple[int, int], ...]
-    native: int | None = None
+    resolutions: int | tuple[Size, ...]
+    detail: float = 2.0
+    outside: float = 0.5
+    detail_map: Path | None = None
     restart: float = 0.3
-    detail: float | Tensor = 2.0
-    upsample: str = "rgb"
-    attention: str = "fused"
-    blur: str = "spatial"
+    upsample: Literal["rgb", "latent"] = "rgb"
+    blur: Literal["spatial", "official"] = "spatial"
     fast: bool = False
     dilate: float = 0.7
     dilate_from: int = 2
+    attention: Literal["fused", "global", "local"] = "fused"
+    native: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "resolutions", tuple(tuple(size) for size in self.resolutions))     # or of lists
-        if not self.resolutions:
-            raise ValueError("FreeScale needs at least one resolution")
+        if isinstance(self.resolutions, int):
+            if self.resolutions not in (2, 4, 8):
+                raise ValueError(f"FreeScale enlarges 2, 4 or 8 times, not {self.resolutions}; for other sizes give "
+                                 "every stage's, such as 512x512:1024x1024")
+        else:
+            object.__setattr__(self, "resolutions", tuple(Size(*size) for size in self.resolutions))     # or of lists
+            self.check_sizes()
         if self.native is not None and self.native < 1:
             raise ValueError(f"FreeScale's native is a side of latents, 1 or more, not {self.native}")
-        for height, width in self.resolutions:
-            if height <= 0 or width <= 0 or height % 8 or width % 8:
-                raise ValueError(f"resolution {width}x{height} is not of multiples of 8; the nearest is "
-                                 f"{max(round(width / 8), 1) * 8}x{max(round(height / 8), 1) * 8}")
-        for (h1, w1), (h2, w2) in zip(self.resolutions, self.resolutions[1:]):
-            if h2 < h1 or w2 < w1:
-                raise ValueError(f"resolutions must not fall, but {w1}x{h1} is followed by {w2}x{h2}: sort them")
         for name, legal in (("upsample", ("rgb", "latent")), ("attention", ("fused", "global", "local")),
                             ("blur", ("spatial", "official"))):
             if getattr(self, name) not in legal:
@@ -91,87 +116,140 @@ class FreeScale:
             raise ValueError(f"FreeScale's dilate is a fraction of the steps, from 0 to 1, not {self.dilate:g}")
         if self.dilate_from < 1:
             raise ValueError(f"FreeScale's dilate_from is a level from 1 up, not {self.dilate_from}")
-        if isinstance(self.detail, Tensor):
-            if tuple(self.detail.shape) not in self.resolutions:
-                sizes = ", ".join(f"{w}x{h}" for h, w in self.resolutions)
-                raise ValueError(f"the map of FreeScale's detail has shape {tuple(self.detail.shape)}, not (height, "
-                                 f"width) of one of the resolutions ({sizes}): resize it")
-        if not (torch.as_tensor(self.detail) >= 0).all():              # NaN fails too
+        if not self.detail >= 0 or not self.outside >= 0:              # NaN fails too
             raise ValueError("FreeScale's detail must be 0 or more everywhere; 1 to 2 are usual, at most 1 for 8x")
+        if self.outside != FreeScale.outside and self.detail_map is None:
+            raise ValueError("FreeScale's outside does nothing without detail_map")
+
+    def check_sizes(self) -> None:
+        if not self.resolutions:
+            raise ValueError("FreeScale needs at least one resolution")
+        for size in self.resolutions:
+            if min(size) <= 0 or size.height % 8 or size.width % 8:
+                near = Size(*(max(round(side / 8), 1) * 8 for side in size))
+                raise ValueError(f"resolution {size} is not of multiples of 8; the nearest is {near}")
+        for one, two in zip(self.resolutions, self.resolutions[1:]):
+            if two.height < one.height or two.width < one.width:
+                raise ValueError(f"resolutions must not fall, but {one} is followed by {two}: sort them")
+
+    def fit(self, native: int, height: int, width: int) -> "FreeScale":
+        """With the size of every stage, and the latent side of the training pictures. height, width: the first stage's.
+
+        ValueError where the detail map is no gray picture or has the size of no stage.
+        """
+        factor = self.resolutions
+        if isinstance(factor, int):
+            factor = tuple(Size(height * 2 ** k, width * 2 ** k) for k in range(factor.bit_length()))
+        full = replace(self, resolutions=factor, native=self.native or native)
+        if self.detail_map is not None:
+            size = Size(*read_mask(self.detail_map).shape)
+            if size not in full.resolutions:
+                raise ValueError(f"{self.detail_map} is {size}, but must be as large as a stage "
+                                 f"({', '.join(map(str, full.resolutions))}): resize it")
+        return full
 
     def first_step(self, steps: int) -> int:
-        """The step that later stages start from, of so many."""
+        """The step that later stages start from."""
         return int(self.restart * steps + 1e-9)                        # 0.29 * 100 is 28.999...
 
-    def start(self, size: tuple[int, int], steps: int, generators: list[torch.Generator]) -> "Stage":
-        """What the sampling loop makes for a stage of latents (h, w). Draws one number an image and step."""
+    def start(self, run: Any) -> "Stage":
+        """The state for a stage whose enlarged picture is run.init. Draws one number per image and call."""
+        if run.init is None or run.generators is None:
+            raise ValueError("FreeScale continues an enlarged picture: pass it as init, and generators, one per image")
         if self.native is None:
             raise ValueError("FreeScale needs the latent side of the training pictures: pass native (SD 1.5: 64)")
-        seeds = torch.stack([torch.randint(2 ** 31, (steps,), generator=g) for g in generators], dim=1)
-        alpha = self.detail
-        if isinstance(alpha, Tensor):
-            alpha = F.interpolate(alpha[None, None].float(), size, mode="nearest")           # (1, 1, h, w)
-        return Stage(self, size, steps, seeds, alpha)
+        seeds = torch.stack([torch.randint(2 ** 31, (run.plan.calls,), generator=g) for g in run.generators], dim=1)
+        alpha: float | Tensor = self.detail
+        if self.detail_map is not None:
+            alpha = torch.where(read_mask(self.detail_map), self.detail, self.outside)
+            alpha = F.interpolate(alpha[None, None], run.noise.shape[2:], mode="nearest")    # (1, 1, h, w)
+        units = run.unet.units() if hasattr(run.unet, "units") else []
+        blocks = [block for unit in units if unit.attention is not None for block in unit.attention.transformer_blocks]
+        return Stage(self, run, seeds, alpha, {block.attn1: n for n, block in enumerate(blocks)} or None)
+
+
+def read_mask(path: Path) -> Tensor:
+    """A gray picture as (H, W), true where it isn't black. ValueError for a file that is no gray picture."""
+    try:
+        with Image.open(path) as file:
+            mode, pixels = file.mode, np.asarray(file)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"can't read the mask {path} ({error})") from None
+    if mode not in ("1", "L"):
+        raise ValueError(f"{path} has mode {mode}, but a mask is black and white or gray: save it so")
+    return torch.from_numpy(pixels > 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One stage of a run, a local variable of the sampling loop. Its steps know no past: any of them can be repeated.
+    """One stage of a run. It keeps nothing between calls: any of them can be repeated.
 
-    seeds: (steps, images), from which a step's windows are made.
+    seeds: (calls, images), from which the windows of a call are made.
+    numbers: of every self-attention, in the order of the units; None: there is no U-Net, but a function.
     """
     settings: FreeScale
-    size: tuple[int, int]
-    steps: int
+    run: Any
     seeds: Tensor
     alpha: float | Tensor
+    numbers: dict[Attention, int] | None
 
-    def mix(self, x: Tensor, init: Tensor, noise: Tensor, alpha_bar: float, t: float, train_steps: int) -> Tensor:
-        """Detail control: x (B, 4, h, w) drawn by the factor c to the enlarged picture with this step's noise.
+    def mix(self, i: int, x: Tensor) -> Tensor:
+        """Detail control: x (B, 4, h, w) is drawn by the factor c to the enlarged picture with this call's noise.
 
-        c = ((1 + cos(pi (T - t) / T)) / 2) ** alpha falls from 1 at t = T to 0. The noised picture is made anew from
-        picture and noise at every step: 50 of them kept would be 0.8 GB at 8192 pixels.
+        c = ((1 + cos(pi (T - t) / T)) / 2) ** alpha falls from 1 at t = T to 0. At the first call x is the noised
+        picture itself. The picture is noised again at every call: to keep all 50 would be 0.8 GB at 8192 pixels.
         """
-        c = ((1 + math.cos(math.pi * (train_steps - t) / train_steps)) / 2)
+        run, T = self.run, self.run.plan.train_steps
+        if i == run.first:
+            return x
+        c = ((1 + math.cos(math.pi * (T - run.plan.times[i]) / T)) / 2)
         c = c ** (self.alpha.to(x) if isinstance(self.alpha, Tensor) else self.alpha)
-        return (1 - c) * x + c * (math.sqrt(alpha_bar) * init + math.sqrt(1 - alpha_bar) * noise)
+        alpha_bar = run.plan.now[i]
+        return (1 - c) * x + c * (math.sqrt(alpha_bar) * run.init + math.sqrt(1 - alpha_bar) * run.noise)
 
-    def at(self, step: int) -> "Scale":
-        """What acts at this step, each time the same: both halves of guidance see the same windows."""
-        return Scale(self.settings, self.size, step / self.steps < self.settings.dilate, self.seeds[step:step + 1])
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Scale | None":
+        """What acts at these calls, each time the same: both branches of guidance see the same windows."""
+        run = self.run
+        if self.numbers is None:                                       # a function in the U-Net's place
+            return None
+        dilated = run.plan.fraction(calls[0]) < self.settings.dilate
+        return Scale(self.settings, tuple(run.noise.shape[2:]), dilated, self.seeds[list(calls)], self.numbers,
+                     run.unet.config)
 
 
 @dataclass(eq=False)
 class Scale:
-    """FreeScale at one step, for the U-Net.
+    """FreeScale at one call, or at several in one batch, for the U-Net.
 
-    seeds: (steps, images), of the next attention's windows. Rows of the U-Net's batch belong to the images in turn (the
-    halves of guidance are such turns), and those of a further step stand behind them, see `together`.
+    seeds: (calls, images), of the windows. The batch is ordered by call, then by branch of guidance, then by image.
+    numbers: of every self-attention, in the order of the units.
     """
     settings: FreeScale
     size: tuple[int, int]
     dilated: bool
     seeds: Tensor
+    numbers: dict[Attention, int]
+    config: Shape
     taps: list[float] = field(init=False)          # of the blur, along each axis
 
     def __post_init__(self) -> None:
         self.taps = gaussian(2 * math.ceil(max(self.size) / self.settings.native) - 1).tolist()
 
-    @staticmethod
-    def together(steps: list["Scale"]) -> "Scale":
-        """Several steps as one batch, the rows of one step behind those of the other (see `Features.decode_ahead`)."""
-        seeds = torch.cat([s.seeds.to(steps[0].seeds.device) for s in steps])
-        return Scale(steps[0].settings, steps[0].size, steps[0].dilated, seeds)
+    def dilation(self, unit: int) -> tuple[int, int] | None:
+        """Distance of the taps of a unit's convolutions along both axes; None: not dilated.
 
-    def dilation(self, unit: int | None, config: Shape) -> tuple[int, int] | None:
-        """Distance of the taps of down unit 0, 1, ... (None: the middle) along both axes; None: not dilated.
-
-        As many times as the picture is larger than the training pictures, rounded down: a convolution then sees as much
-        of the picture as it did in training. Never in the decoder, where it would cost detail.
+        It is how many times the picture is larger than the training pictures, rounded down: a convolution then sees as
+        much of the picture as it did in training. The decoder is never dilated, where it would cost detail.
         """
+        levels, per_level = len(self.config.channels), self.config.layers + 1
         d = max(self.size[0] // self.settings.native, 1), max(self.size[1] // self.settings.native, 1)
-        restrained = unit is None or unit >= self.settings.dilate_from * (config.layers + 1) - 1
-        return d if self.dilated and restrained and d != (1, 1) else None
+        deep = min(self.settings.dilate_from, levels) * per_level <= unit <= levels * per_level
+        return d if self.dilated and deep and d != (1, 1) else None
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor, unit: int) -> Tensor:
+        """A 3x3 convolution of a unit, restrained dilation included. The size of the result does not change."""
+        d = self.dilation(unit)
+        return conv(x) if d is None else F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=d, dilation=d)
 
     def window(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Tokens of a training picture on a map of grid (H, W), at most the map itself."""
@@ -179,29 +257,24 @@ class Scale:
         side = -(-self.settings.native // 2 ** level)
         return min(side, grid[0]), min(side, grid[1])
 
-    def __call__(self, attention: "Attention", x: Tensor, grid: tuple[int, int],
-                 masks: AttentionMasks = UNMASKED) -> Tensor:
-        """Scale fusion, in place of the self-attention of a map of grid (H, W). (B, N, C) -> (B, N, C)
-
-        masks: on the attention's weights, or none, see `maskunet.py`.
-        """
+    def __call__(self, attention: Attention, x: Tensor, grid: tuple[int, int], on: Techniques = OFF) -> Tensor:
+        """Scale fusion, in place of the self-attention of a map of grid (H, W). (B, N, C) -> (B, N, C)"""
         window = self.window(grid)
         s = self.settings
         if window == grid or (s.attention == "global" and not s.fast):
-            return attention(x, attention.keys_values(x, masks), masks)     # one window is all of it: plain attention
-        seeds = self.seeds.to(x.device)
-        self.seeds = seeds + 1                                         # each attention has windows of its own
+            return attention(x, attention.keys_values(x, on), on)      # one window is all of it: plain attention
+        seeds = self.seeds.to(x.device) + self.numbers[attention]      # each attention has windows of its own
         halves = len(x) // seeds.numel()
         starts = place_windows(grid, window, seeds.repeat(1, halves).flatten())
         parts = tuple(-(-n // w) for n, w in zip(grid, window)) if s.fast else (1, 1)
-        return fuse(attention, x, grid, window, starts, self.taps, s.blur, parts, s.attention, masks)
+        return fuse(attention, x, grid, window, starts, self.taps, s.blur, parts, s.attention, on)
 
 
 # -------------------------------------------------------------------------------------------------------- scale fusion
 
-def fuse(attention: "Attention", x: Tensor, grid: tuple[int, int], window: tuple[int, int], starts: Tensor,
+def fuse(attention: Attention, x: Tensor, grid: tuple[int, int], window: tuple[int, int], starts: Tensor,
          taps: Sequence[float], blur: str = "spatial", parts: tuple[int, int] = (1, 1), kind: str = "fused",
-         masks: AttentionMasks = UNMASKED) -> Tensor:
+         on: Techniques = OFF) -> Tensor:
     """Low frequencies of local attention plus high frequencies of global attention. (B, N, C) -> (B, N, C)
 
     starts: of every row's windows, (B, V, 2), see `place_windows`. taps: the blur along each axis. parts: sub-grids for
@@ -209,11 +282,10 @@ def fuse(attention: "Attention", x: Tensor, grid: tuple[int, int], window: tuple
     output projection is affine and a spatial blur acts on every channel alike, so one projection of the sum is enough;
     a blur over channels needs both projected before it.
     """
-    q, k, v = (linear(layer, x, mask).unflatten(1, grid) for layer, mask in
-               ((attention.to_q, masks.q), (attention.to_k, masks.k), (attention.to_v, masks.v)))
+    q, k, v = (linear(layer, x, on).unflatten(1, grid) for layer in (attention.to_q, attention.to_k, attention.to_v))
 
     def out(h: Tensor) -> Tensor:                                      # (B, H, W, C), projected
-        return linear(attention.to_out[0], h.flatten(1, 2), masks.out).unflatten(1, grid)
+        return linear(attention.to_out[0], h.flatten(1, 2), on).unflatten(1, grid)
 
     if kind == "global":
         return out(attend_parts(attention, q, k, v, parts)).flatten(1, 2)
@@ -224,10 +296,10 @@ def fuse(attention: "Attention", x: Tensor, grid: tuple[int, int], window: tuple
     if blur == "spatial":
         return out((whole + smooth(local - whole, taps, dims=(1, 2))).to(x.dtype)).flatten(1, 2)
     local, whole = out(local.to(x.dtype)), out(whole)
-    return (whole + smooth(wide(local) - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
+    return (whole + smooth(upcast(local) - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
 
 
-def attend_parts(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, parts: tuple[int, int]) -> Tensor:
+def attend_parts(attention: Attention, q: Tensor, k: Tensor, v: Tensor, parts: tuple[int, int]) -> Tensor:
     """Attention over the whole map, or over each of parts[0] * parts[1] interleaved sub-grids. (B, H, W, C) each"""
     out = torch.empty_like(q)
     for top in range(parts[0]):
@@ -238,30 +310,30 @@ def attend_parts(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, parts:
     return out
 
 
-def attend_windows(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int],
+def attend_windows(attention: Attention, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int],
                    starts: Tensor) -> Tensor:
     """Attention within each window, averaged where windows overlap. (B, H, W, C) each -> (B, H, W, C), float32
 
-    Around the map lie as many zeros as windows can stray (an eighth of one). They are keys like any other: as queries,
-    keys and values have no bias, that is what the official zeros around the hidden states come to.
+    Around the map lie as many zeros as windows can stray (an eighth of one), and they are keys like any other. The
+    official code has zeros around the hidden states; as queries, keys and values have no bias, it comes to the same.
     """
-    (rows, height, width, _), (tall, wide_) = q.shape, window
-    pad_y, pad_x = tall // 8, wide_ // 8
+    (rows, height, width, _), (tall, broad) = q.shape, window
+    pad_y, pad_x = tall // 8, broad // 8
     padded = rows, height + 2 * pad_y, width + 2 * pad_x
     q, k, v = (F.pad(m, (0, 0, pad_x, pad_x, pad_y, pad_y)).flatten(0, 2) for m in (q, k, v))
 
-    # Token numbers in these flat maps: each window's first, (B * V,), and how far behind it the others are
-    row, y, x = (torch.arange(n, device=q.device) for n in (rows, tall, wide_))
+    # Token numbers in these flat maps: each window's first, (B * V,), and the distances of its others from it
+    row, y, x = (torch.arange(n, device=q.device) for n in (rows, tall, broad))
     first = ((row[:, None] * padded[1] + starts[..., 0]) * padded[2] + starts[..., 1]).flatten()
-    behind = (y[:, None] * padded[2] + x).flatten()
+    others = (y[:, None] * padded[2] + x).flatten()
 
     total = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
     count = total.new_zeros(len(total), 1)
-    for some in first.split(max(WINDOW_TOKENS // len(behind), 1)):
-        tokens = (some[:, None] + behind).flatten()
+    for some in first.split(max(WINDOW_TOKENS // len(others), 1)):
+        tokens = (some[:, None] + others).flatten()
         heads = [attention.split(m.index_select(0, tokens).unflatten(0, (len(some), -1))) for m in (q, k, v)]
         out = attention.attend(*heads).flatten(0, 1).to(total.dtype)
-        if total.is_cuda:                                              # there index_add_ adds in no fixed order
+        if total.is_cuda:                                              # index_add_ would add in no fixed order
             total.index_put_((tokens,), out, accumulate=True)
         else:
             total.index_add_(0, tokens, out)
@@ -273,8 +345,8 @@ def attend_windows(attention: "Attention", q: Tensor, k: Tensor, v: Tensor, wind
 def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor) -> Tensor:
     """Top and left of every window, counted from the corner of the padded map. Seeds of any shape -> (..., V, 2)
 
-    Windows are half a window apart, the last one ends with the map. Each strays by up to an eighth of a window, but the
-    first of an axis not inwards and the last not either, so that nothing is left uncovered.
+    Windows are half a window apart, and the last one ends with the map. Each strays by up to an eighth of a window; the
+    first and the last of an axis never stray inwards, so that every token is covered.
     """
     bases, lows, highs = [], [], []
     for size, side in zip(grid, window):
@@ -292,7 +364,7 @@ def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor)
 
 
 def scramble(x: Tensor) -> Tensor:
-    """Whole numbers below 2^32 to others that look like chance, int64: a compiled graph's stand-in for a generator."""
+    """Whole numbers below 2^32 to pseudo-random ones, int64: what a compiled graph can use in place of a generator."""
     for _ in range(2):
         x = (x ^ x >> 16) * 0x45D9F3B & 0xFFFFFFFF
     return x ^ x >> 16
@@ -318,20 +390,20 @@ def smooth(x: Tensor, taps: Sequence[float], dims: tuple[int, ...]) -> Tensor:
     return x
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32 or wider: differences of two attentions are small."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------- cascade
 
-def enlarge(latents: Tensor, size: tuple[int, int], upsample: str, vae: "VAE", noise: Tensor | None,
+def enlarge(latents: Tensor, size: tuple[int, int], upsample: str, vae: Decoder, noise: Tensor | None,
             tile: int | None = None) -> Tensor:
     """The next stage's picture: VAE-scaled latents (B, 4, h', w') at the size (height, width) in pixels.
 
-    "rgb": decoded, enlarged by bicubic interpolation, encoded; unit noise (B, 4, h', w') picks one of the encoder's
-    possible latents. Not clamped in between, as released. "latent": the latents enlarged, likewise; noise isn't used.
-    tile: as in `VAE.decode`. One picture after the other, to save memory.
+    "rgb": decoded, enlarged by bicubic interpolation, not clamped (as released), and encoded; unit noise (B, 4, h', w')
+    samples from the encoder's distribution. "latent": the latents are enlarged; noise isn't used. tile: as in
+    `VAE.decode`. One picture at a time, to save memory.
     """
     if upsample == "latent":
         return F.interpolate(latents, [side // vae.config.factor for side in size], mode="bicubic")

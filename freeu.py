@@ -1,17 +1,16 @@
 """FreeU: factors on the two maps that meet in a decoder layer, the backbone and the skip. No training, no extra pass.
 
 Start at `FreeU.__call__`, which `UNet.decode` calls before each concatenation: half of the backbone's channels are
-amplified by b, which denoises; the lowest frequencies of the skip are damped by s, which brings back detail. Here too,
-as one factor per skip: Skip-Tuning and ScaleLong's constant scaling.
+amplified by b, which denoises; the lowest frequencies of the skip are damped by s, which brings back detail. Two
+techniques with one factor per skip follow: Skip-Tuning and ScaleLong's constant scaling.
 Shapes: B batch, C channels, H W pixels of the maps.
 Sources: FreeU, arXiv 2309.11497; Skip-Tuning, arXiv 2402.15170; ScaleLong, arXiv 2310.13545. Checked against the
 authors' README code (version 2), their demo code (version 1), and diffusers 0.42.1 (version 1 with rule "level").
 """
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,43 +22,70 @@ class Shape(Protocol):
     layers: int
 
 
+# Published values. Version 2: the authors' README of 2023-10-18; version 1: the README of 2023-09-22, and for SDXL the
+# community's sweep that FreeScale uses. The drawn world's model has none of its own and takes SD 1.4's.
+PRESETS = {
+    2: {"sd15": (1.5, 1.6, 0.9, 0.2), "sd21": (1.4, 1.6, 0.9, 0.2), "sdxl": (1.3, 1.4, 0.9, 0.2),
+        "tiny": (1.3, 1.4, 0.9, 0.2)},
+    1: {"sd15": (1.2, 1.4, 0.9, 0.2), "sd21": (1.1, 1.2, 0.9, 0.2), "sdxl": (1.1, 1.2, 0.6, 0.4),
+        "tiny": (1.2, 1.4, 0.9, 0.2)},
+}
+FACTORS = ("b1", "b2", "s1", "s2")
+
+
 @dataclass(frozen=True)
 class FreeU:
-    """Factors for deep decoder layers (b1, s1) and for those behind them (b2, s2). 1 is neutral; 0 is a factor too.
+    """FreeU: more of the decoder's backbone, less of its skips.
 
+    A factor of 1 is neutral; 0 is a factor too. None: the published factor of the model's family, see `PRESETS`.
+
+    b1: of the backbone, in the deep decoder layers.
+    b2: of the backbone, in the layers after them.
+    s1: of the skip's low frequencies, in the deep decoder layers.
+    s2: of the skip's low frequencies, in the layers after them.
     version: 2, the paper's: b acts where the map is strong (eq. 2 to 4); 1, the first release's: b acts everywhere.
-    rule: "channels", the authors' code: (b1, s1) where the backbone has 4 times the U-Net's base width, (b2, s2) where
-        it has 2 times; "level", diffusers: (b1, s1) on the first decoder level, (b2, s2) on the second. They differ in
-        7 of SD 1.5's 12 layers: the first layer of a level still has the channels of the level before, for one.
-    window: "2x2", the code behind the published images: bins -threshold to threshold - 1 along both axes, so lopsided;
-        "dc", the paper's letter at a radius below 1: the mean alone.
-    backbone, skip: the fraction of the steps from which and up to which b acts, and what acts on the skip.
-    skip_scale: a factor for the whole skip by (layer, number of layers); see `skip_tuning` and `scale_long`.
+    rule: which layers these are. "channels", the authors' code: b1 and s1 act where the backbone has 4 times the
+        U-Net's base width, b2 and s2 where it has 2 times. "level", diffusers: the first and the second level of the
+        decoder. They differ in 7 of SD 1.5's 12 layers: the first layer of a level, for one, still has the channels of
+        the level before.
+    window: "2x2", the code behind the published images: bins -threshold to threshold - 1 along both axes, which is not
+        symmetric; "dc", the paper's equation at a radius below 1: the mean alone.
+    threshold: half the side of the 2x2 window, 1 or more.
+    backbone: the fraction of the steps from which and up to which b acts.
+    skip: the fraction of the steps from which and up to which s acts.
     """
-    b1: float = 1.0
-    b2: float = 1.0
-    s1: float = 1.0
-    s2: float = 1.0
-    version: int = 2
-    rule: str = "channels"
-    window: str = "2x2"
+    b1: float | None = None
+    b2: float | None = None
+    s1: float | None = None
+    s2: float | None = None
+    version: Literal[2, 1] = 2
+    rule: Literal["channels", "level"] = "channels"
+    window: Literal["2x2", "dc"] = "2x2"
     threshold: int = 1
     backbone: tuple[float, float] = (0.0, 1.0)
     skip: tuple[float, float] = (0.0, 1.0)
-    skip_scale: Callable[[int, int], float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("b1", "b2", "s1", "s2"):
-            check_factor(f"FreeU's {name}", getattr(self, name))
+        for name in FACTORS:
+            if getattr(self, name) is not None:
+                check_factor(f"FreeU's {name}", getattr(self, name))
         for name, legal in (("version", (1, 2)), ("rule", ("channels", "level")), ("window", ("2x2", "dc"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"FreeU's {name} is {' or '.join(map(str, legal))}, not {getattr(self, name)!r}")
         if not isinstance(self.threshold, int) or self.threshold < 1:
             raise ValueError(f"FreeU's threshold is a whole number from 1 up, not {self.threshold!r}")
         for name in ("backbone", "skip"):
-            start, end = getattr(self, name)
-            if not 0 <= start <= end <= 1:
-                raise ValueError(f"FreeU's {name} gate lies within 0..1, start before end, not {start:g}:{end:g}")
+            check_gate(f"FreeU's {name} gate", getattr(self, name))
+
+    def bind(self, sd: Any) -> "FreeU":
+        """With the published factors of the family of sd.config in the place of None."""
+        published = dict(zip(FACTORS, PRESETS[self.version][sd.config.family]))
+        return replace(self, **{name: value for name, value in published.items() if getattr(self, name) is None})
+
+    def start(self, run: Any) -> "Gated":
+        if None in (self.b1, self.b2, self.s1, self.s2):
+            raise ValueError("FreeU's factors are those of a family: give b1, b2, s1 and s2, or use StableDiffusion")
+        return Gated(self, run.plan)
 
     def at(self, fraction: float) -> "FreeU | None":
         """What acts at this fraction of the whole schedule (0 at step 0, below 1 at the last one); None: nothing.
@@ -70,9 +96,8 @@ class FreeU:
         if not self.backbone[0] <= fraction < self.backbone[1]:
             now = replace(now, b1=1.0, b2=1.0)
         if not self.skip[0] <= fraction < self.skip[1]:
-            now = replace(now, s1=1.0, s2=1.0, skip_scale=None)
-        neutral = now.b1 == now.b2 == now.s1 == now.s2 == 1 and now.skip_scale is None
-        return None if neutral else now
+            now = replace(now, s1=1.0, s2=1.0)
+        return None if now.b1 == now.b2 == now.s1 == now.s2 == 1 else now
 
     def __call__(self, h: Tensor, skip: Tensor, layer: int, config: Shape) -> tuple[Tensor, Tensor]:
         """Backbone (B, C, H, W) and skip (B, C', H, W) of decoder layer 0, 1, ... (0 deepest), both made anew."""
@@ -83,8 +108,6 @@ class FreeU:
             h = torch.cat([h[:, :half] * gain, h[:, half:]], dim=1)
         if s != 1:
             skip = damp_mean(skip, s) if self.window == "dc" else damp_low_frequencies(skip, s, self.threshold)
-        if self.skip_scale is not None:
-            skip = skip * self.skip_scale(layer, len(config.channels) * (config.layers + 1))
         return h, skip
 
     def factors(self, channels: int, layer: int, config: Shape) -> tuple[float, float]:
@@ -108,16 +131,16 @@ def structure_gain(h: Tensor, b: float) -> Tensor:
 
 
 def damp_mean(skip: Tensor, s: float) -> Tensor:
-    """Eq. 5 to 8 with a radius below 1: every channel's mean times s, the rest as it is. (B, C, H, W)"""
+    """Eq. 5 to 8 with a radius below 1: the mean of every channel times s, the rest unchanged. (B, C, H, W)"""
     return skip - (1 - s) * skip.mean(dim=(2, 3), keepdim=True)
 
 
 def damp_low_frequencies(skip: Tensor, s: float, threshold: int = 1) -> Tensor:
     """Eq. 5 to 8 as released: the Fourier bins -threshold to threshold - 1 along both axes times s. (B, C, H, W)
 
-    The real part of that, without a Fourier transform and so without complex numbers, of any size and dtype:
-    skip - (1 - s) low, where low sums the window's plane waves: cosines along both axes minus sines along both.
-    Bin -1 is in the window and bin +1 is not: along a diagonal one direction is damped, the other left alone.
+    This computes the real part of the released result without a Fourier transform, for any size and dtype:
+    skip - (1 - s) low, where low sums the plane waves of the window: cosines along both axes minus sines along both.
+    Bin -1 is in the window and bin +1 is not: of the two diagonals one is damped, the other left alone.
     ValueError where the window is larger than the map.
     """
     height, width = skip.shape[-2:]
@@ -139,17 +162,57 @@ def waves(n: int, threshold: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos().sum(dim=0) / n, angle.sin().sum(dim=0) / n
 
 
-def skip_tuning(bottom: float, top: float = 1.0) -> Callable[[int, int], float]:
-    """Skip-Tuning: the skip's factor goes linearly from `bottom`, next to the middle, to `top`, the outermost."""
-    check_factor("Skip-Tuning's factor", bottom)
-    check_factor("Skip-Tuning's factor", top)
-    return lambda layer, layers: bottom + layer * (top - bottom) / (layers - 1)
+@dataclass(frozen=True)
+class SkipTuning:
+    """Skip-Tuning: the skip's factor goes linearly from the deepest skip to the outermost.
+
+    bottom: the factor of the deepest skip, next to the middle.
+    top: the factor of the outermost skip.
+    steps: the fraction of the steps from which and up to which it acts.
+    """
+    bottom: float
+    top: float = 1.0
+    steps: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_factor("Skip-Tuning's factor", self.bottom)
+        check_factor("Skip-Tuning's factor", self.top)
+        check_gate("Skip-Tuning's steps", self.steps)
+
+    def factor(self, layer: int, layers: int) -> float:
+        return self.bottom + layer * (self.top - self.bottom) / (layers - 1)
+
+    def start(self, run: Any) -> "Gated":
+        return Gated(self, run.plan)
+
+    def at(self, fraction: float) -> "SkipTuning | None":
+        return self if self.steps[0] <= fraction < self.steps[1] else None
+
+    def __call__(self, h: Tensor, skip: Tensor, layer: int, config: Shape) -> tuple[Tensor, Tensor]:
+        """The backbone as it is, and the skip of decoder layer 0, 1, ... (0 deepest) times its factor."""
+        return h, skip * self.factor(layer, len(config.channels) * (config.layers + 1))
 
 
-def scale_long(kappa: float) -> Callable[[int, int], float]:
-    """ScaleLong's CS: 1 for the outermost skip, each further in by kappa less. Meant for training; near 1 without."""
-    check_factor("ScaleLong's kappa", kappa)
-    return lambda layer, layers: kappa ** (layers - 1 - layer)
+@dataclass(frozen=True)
+class ScaleLong:
+    """ScaleLong's constant scaling: the outermost skip has the factor 1, each further in kappa times the one before.
+
+    It is meant for training. Without it, use factors near 1.
+
+    kappa: the factor from one skip to the next.
+    steps: the fraction of the steps from which and up to which it acts.
+    """
+    kappa: float
+    steps: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_factor("ScaleLong's kappa", self.kappa)
+        check_gate("ScaleLong's steps", self.steps)
+
+    def factor(self, layer: int, layers: int) -> float:
+        return self.kappa ** (layers - 1 - layer)
+
+    start, at, __call__ = SkipTuning.start, SkipTuning.at, SkipTuning.__call__
 
 
 def check_factor(name: str, value: float) -> None:
@@ -157,11 +220,19 @@ def check_factor(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number from 0 to 10 (1 is neutral), not {value!r}")
 
 
-# Published values. Version 2: the authors' README of 2023-10-18; version 1: the README of 2023-09-22, and for SDXL the
-# community's sweep that FreeScale uses. The drawn world's model has none of its own and takes SD 1.4's.
-PRESETS = {
-    2: {"sd15": (1.5, 1.6, 0.9, 0.2), "sd21": (1.4, 1.6, 0.9, 0.2), "sdxl": (1.3, 1.4, 0.9, 0.2),
-        "tiny": (1.3, 1.4, 0.9, 0.2)},
-    1: {"sd15": (1.2, 1.4, 0.9, 0.2), "sd21": (1.1, 1.2, 0.9, 0.2), "sdxl": (1.1, 1.2, 0.6, 0.4),
-        "tiny": (1.2, 1.4, 0.9, 0.2)},
-}
+def check_gate(name: str, gate: tuple[float, float]) -> None:
+    if not 0 <= gate[0] <= gate[1] <= 1:
+        raise ValueError(f"{name} must lie within 0..1, start before end, not {gate[0]:g}:{gate[1]:g}")
+
+
+@dataclass(frozen=True)
+class Gated:
+    """FreeU, Skip-Tuning or ScaleLong in a run: it may act in a part of the steps."""
+    settings: FreeU | SkipTuning | ScaleLong
+    plan: Any
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...] = ()) -> FreeU | SkipTuning | ScaleLong | None:
+        return self.settings.at(self.plan.fraction(calls[0]))
+
+    def alike(self, i: int, j: int) -> bool:
+        return self.at((i,)) == self.at((j,))

@@ -1,35 +1,34 @@
 """MaskUNet: masks that switch off single weights of the U-Net's attention, by time and by image. The weights stay.
 
-Start at `Gumbel.mask`, which turns logits into zeros and ones, and `MaskRun.unit`, which `UNet.decode` asks for the
-masks of an up unit. Logits come from a trained network (`DynamicMasks`), from one number a weight (`StaticMasks`), or
-from chance (`RandomMasks`); `Masks` says how a run draws from them. `train_masks.py` learns them from pictures;
-`MaskSearch` finds them without training, at every step anew, by climbing a reward. From the command line:
+Start at `Gumbel.mask`, which turns logits into zeros and ones, and `MaskPass.of`, from which `linear` in `unet.py` gets
+a masked weight. Logits come from a trained network (`DynamicMasks`), from one number per weight (`StaticMasks`), or
+from chance (`RandomMasks`); `Masks` says how a run draws from them. `train.py` learns them from pictures;
+`MaskSearch` finds them without training, again at every step, by climbing a reward. From the command line:
 
-    python maskunet.py train --data FOLDER --out masks.safetensors
+    python train.py masks --data FOLDER --out masks.safetensors
     python txt2img.py "a red circle" --masks masks.safetensors
 
-Shapes: B rows of a batch, o i outputs and inputs of a linear layer, R rows of masks, C channels, E width of the time.
+Shapes: B rows of a batch, o i outputs and inputs of a linear layer, R different rows, C channels, E width of the time.
 Source: MaskUNet, arXiv 2505.03097. Checked against outputs of the official classes. What the paper leaves open follows
-the released code, but its mask network can't learn (see `DynamicMasks`): init="official" is that one.
+the released code, except that its mask network can't learn (see `DynamicMasks`): init="official" is that one.
 """
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unet import AttentionMasks, UNet
-
-if TYPE_CHECKING:
-    from vae import VAE
+from folder import InputError, check_names, open_safetensors, replacing
+from unet import UNet
 
 # The layers that are masked, by the ends of their names in the up blocks: 72 in SD 1.x, 5.7 % of the weights
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -47,7 +46,7 @@ def masked_layers(unet: UNet, layers: tuple[str, ...] = LAYERS) -> dict[str, nn.
 
 @dataclass(frozen=True)
 class Gumbel:
-    """The Gumbel-sigmoid: 1 where sigmoid((logit + noise) / temperature) is above the threshold, else 0.
+    """The Gumbel-sigmoid: 1 where sigmoid((logit + noise) / temperature) is above the threshold, 0 elsewhere.
 
     form: 1, the paper's eq. 5 as released: the noise is one Gumbel, P(1) = 1 - exp(-exp(logit)); 2, the definition that
         the paper cites: the difference of two, P(1) = sigmoid(logit).
@@ -66,8 +65,8 @@ class Gumbel:
     def mask(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Exactly 0 or 1, with the gradient of the sigmoid (straight-through). noise: exponential, of mean 1, above 0.
 
-        The same noise serves both forms: -log E is a Gumbel, -log(e^E - 1) a difference of two. Its median, ln 2, makes
-        a mask without chance: 1 where (at threshold 0.5) P(1) is above a half.
+        The same noise serves both forms: -log E is a Gumbel, -log(e^E - 1) a difference of two. Its median, ln 2, gives
+        a deterministic mask: 1 where (at threshold 0.5) P(1) is above a half.
         """
         gumbel = -(noise if self.form == 1 else torch.expm1(noise)).log()
         soft = torch.sigmoid((logits + gumbel) / self.temperature)
@@ -94,9 +93,9 @@ draw_uniform_operator.register_fake(lambda shape, states: (torch.empty(len(state
 
 
 def uniform(shape: list[int], states: Tensor) -> Tensor:
-    """Numbers in [0, 1) (R, *shape), row k from the generator in state k, on the CPU in float32; the states go on.
+    """Numbers in [0, 1) (R, *shape), row k from the generator in state k, on the CPU in float32. Advances the states.
 
-    States (R, bytes) instead of generators, because a compiled graph holds tensors: there drawing is one operator.
+    States (R, bytes) stand for generators because a compiled graph holds only tensors; there, drawing is one operator.
     """
     draw = draw_uniform_operator if torch.compiler.is_compiling() else draw_uniform
     numbers, after = draw(shape, states)
@@ -107,16 +106,16 @@ def uniform(shape: list[int], states: Tensor) -> Tensor:
 def exponential(shape: torch.Size, states: Tensor) -> Tensor:
     """Noise (R, *shape) of mean 1, from `uniform` numbers.
 
-    They cost time, beside a GPU too: 0.17 s on one thread of an AMD EPYC (Zen 5), otherwise idle, for the 49 million
-    weights that SD 1.x masks (SDXL: 483), at every step, for each image and half of guidance. The modes "threshold" and
-    "expected" draw none.
+    Drawing on the CPU takes time even if the model runs on a GPU: 0.17 s per step, image and branch of guidance for the
+    49 million masked weights of SD 1.x (one thread, AMD EPYC Zen 5); SDXL has 483 million. The modes "threshold" and
+    "expected" draw nothing.
     """
     noise = -torch.log1p(-uniform(shape, states))
-    return noise.clamp_(min=2.0 ** -25)            # once in 2^24 draws it is 0, whose logarithm makes NaN of logit -inf
+    return noise.clamp_(min=2.0 ** -25)            # one draw in 2^24 is 0; its logarithm would turn logit -inf to NaN
 
 
 def mix(*numbers: int) -> int:
-    """A seed made of several numbers: noise is a function of what it is for, so nothing depends on who draws first."""
+    """A seed made of several numbers: noise is a function of its purpose, so the order of drawing doesn't matter."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -164,9 +163,9 @@ class Lift(nn.Module):
 class DynamicMasks(nn.Module):
     """Logits by a network, from the time and from what enters each up block: the training-based approach.
 
-    init: "official" starts the network at 0 in two factors and behind a ReLU, so that it stays there: masks then depend
-        on neither time nor image. "working" gives the layer before that ReLU the usual random weights.
-    initial: the logit that all begin with; 5 keeps every weight (form 1: P(0) = 3.5e-65).
+    init: "official" starts the network at 0 in two factors and after a ReLU, where its gradient stays 0: masks then
+        depend on neither time nor image. "working" gives the layer before that ReLU the usual random weights.
+    initial: the first value of every logit; 5 keeps every weight (form 1: P(0) = 3.5e-65).
     time, sample: what the network sees (the paper's ablation, table 4).
     """
 
@@ -197,7 +196,7 @@ class DynamicMasks(nn.Module):
 
 
 class StaticMasks(nn.Module):
-    """One logit a weight, the same at all times: (o, i) for all images, or (images, o, i)."""
+    """One logit per weight, the same at all times: (o, i) for all images, or (images, o, i)."""
 
     def __init__(self, unet: UNet, layers: tuple[str, ...] = LAYERS, initial: float = 1.0, gumbel: Gumbel = Gumbel(),
                  images: int | None = None):
@@ -218,19 +217,30 @@ class StaticMasks(nn.Module):
 
 @dataclass(frozen=True)
 class RandomMasks:
-    """A fraction `ratio` of the weights is dropped by chance: the paper's fig. 1, an analysis and no improvement.
+    """Random masks: the paper's fig. 1, an analysis and no improvement. Both branches of guidance have the same.
 
-    window: False, each weight by itself; True, those whose values lie in a window at a random place in the layer's
+    ratio: the fraction of the weights that is dropped, 0 to 1.
+    window: no, each weight by itself; yes, those whose values lie in a window at a random place in the layer's
         distribution (the paper doesn't say which, but its histograms of removed weights show narrow windows).
+    mode: "sample"; "expected", every weight times 1 - ratio.
+    fixed: the same masks at every step.
     """
     ratio: float
     window: bool = False
-    layers: tuple[str, ...] = LAYERS
-    gumbel: Gumbel = Gumbel()
+    mode: Literal["sample", "expected"] = "sample"
+    fixed: bool = False
+    layers, gumbel = LAYERS, Gumbel()
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"the ratio of dropped weights must be between 0 and 1, not {self.ratio:g}")
+        if self.mode not in ("sample", "expected"):
+            raise ValueError(f"the mode of random masks is sample or expected, not {self.mode!r}")
+        if self.fixed and self.mode == "expected":
+            raise ValueError("random masks: fixed does nothing with expected, which draws nothing")
+
+    def start(self, run: Any) -> "MaskRun":
+        return Masks(self, self.mode, self.fixed, shared=True).start(run)
 
     def core(self, level: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
         return None
@@ -254,171 +264,185 @@ def key(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------ masks of a run
 
 @dataclass(frozen=True)
-class Masks:
-    """How a run draws its masks.
+class MaskFile:
+    """Learned masks from a file, written by python train.py masks.
 
+    file: the file; it must have been made for this very U-Net.
     mode: "sample"; "threshold", 1 where that is likelier, without noise; "expected", the weights times P(1).
-    fresh: new noise at every step (as published), or the same at all.
-    shared: one noise for both halves of guidance, or (as published) one for each.
+    fixed: the same noise at every step, instead of new noise as published.
+    shared: one noise for both branches of guidance, instead of one for each as published.
     """
-    source: DynamicMasks | StaticMasks | RandomMasks
-    mode: str = "sample"
-    fresh: bool = True
+    file: Path
+    mode: Literal["sample", "threshold", "expected"] = "sample"
+    fixed: bool = False
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"the masks' mode is one of {', '.join(MODES)}, not {self.mode!r}")
+        check_mode(self)
 
-    def start(self, unet: UNet, generators: list[torch.Generator] | None, images: int, halves: int = 1) -> "MaskRun":
-        """What the sampling loop makes for a run. The generators only lend their seeds: the loop's own noise stays."""
-        return MaskRun(self, unet, seeds_of(generators, images, self.mode), tuple(range(halves)))
+    def check(self, config: Any, steps: int) -> None:
+        """InputError where there is no such file."""
+        if not self.file.is_file():
+            raise InputError(f"there is no file {self.file}; make one: python train.py masks")
+
+    def bind(self, sd: Any) -> "Masks":
+        return Masks(load_masks(self.file, sd.unet), self.mode, self.fixed, self.shared)
 
 
-def seeds_of(generators: list[torch.Generator] | None, images: int, mode: str = "sample") -> list[int]:
-    if generators is None and mode == "sample":
+@dataclass(frozen=True)
+class Masks:
+    """How a run draws its masks from given logits. mode, fixed, shared: see `MaskFile`."""
+    source: DynamicMasks | StaticMasks | RandomMasks
+    mode: str = "sample"
+    fixed: bool = False
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        check_mode(self)
+
+    def start(self, run: Any) -> "MaskRun":
+        """The state for one run. Generators lend only their seeds: the noise that the loop draws does not change."""
+        return MaskRun(self, run.network("masks"), seeds_of(run, self.mode))
+
+
+def check_mode(masks: MaskFile | Masks) -> None:
+    if masks.mode not in MODES:
+        raise ValueError(f"the masks' mode is one of {', '.join(MODES)}, not {masks.mode!r}")
+    for name in ("fixed", "shared"):
+        if getattr(masks, name) and masks.mode != "sample" and isinstance(masks, MaskFile):
+            raise ValueError(f"masks: {name} does nothing with {masks.mode}, which draws nothing")
+
+
+def seeds_of(run: Any, mode: str = "sample") -> list[int]:
+    if run.generators is None and mode == "sample":
         raise ValueError("masks are drawn at every step: pass generators, one per image")
-    return [0] * images if generators is None else [g.initial_seed() for g in generators]
+    return [0] * len(run.noise) if run.generators is None else [g.initial_seed() for g in run.generators]
 
 
 @dataclass
 class MaskRun:
-    """What one run knows of its masks: a local variable of the sampling loop, thrown away afterwards."""
+    """The masks of one run: `at` makes those of one pass."""
     masks: Masks
     unet: UNet
-    seeds: list[int]                               # one an image
-    halves: tuple[int, ...]                        # with guidance 0, the rows without the prompt, and 1, those with it
-    layers: dict[str, nn.Linear] = field(init=False)                   # that are masked, and the up blocks they are in
-    levels: set[int] = field(init=False)
-    cores: dict[tuple, Tensor | None] = field(default_factory=dict)    # by up block and halves; DeepCache reuses them
-    kept: Tensor = field(init=False)               # sum of all masks so far, and how many
-    total: Tensor = field(init=False)
-    step: int = 0
-    steps: tuple[int, ...] = (0,)                  # the present one, or those of a batch
-    passes: list[int] = field(default_factory=list)
-    index: list[int] | None = None                 # of each row's generator; None: all rows have one of their own
-    states: Tensor | None = None                   # of all generators, for each up unit; None: nothing is drawn
-    searches = False
+    seeds: list[int]                               # one per image
+    attempts: list[int] = field(default_factory=list)                  # per image, where a search tries several masks
+    cores: dict[tuple, Tensor | None] = field(default_factory=dict)    # by level and branches; DeepCache reuses them
+    kept: Tensor = field(init=False)               # the sum of all masks so far
+    total: Tensor = field(init=False)              # and how many weights they were for
 
     def __post_init__(self) -> None:
-        self.layers = masked_layers(self.unet, self.masks.source.layers)
-        self.levels = {int(name.split(".")[1]) for name in self.layers}
+        layers = masked_layers(self.unet, self.masks.source.layers)
+        self.places = {layer: (k, name) for k, (name, layer) in enumerate(layers.items())}
+        self.levels = {int(name.split(".")[1]) for name in layers}
+        self.attempts = self.attempts or [0] * len(self.seeds)
         self.kept = torch.zeros((), device=self.unet.conv_in.weight.device)
         self.total = torch.zeros_like(self.kept, dtype=torch.int64)
 
-    def at(self, *steps: int, passes: list[int] | None = None) -> "MaskRun":
-        """Set for this step, or for several in one batch. passes: each image's, where a search tries many."""
-        self.step, self.steps, self.passes = steps[0], steps, [0] * len(self.seeds) if passes is None else passes
-        self.make_states()
-        return self
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "MaskPass":
+        """The masks of a call, or of several in one batch, which is ordered by call, then by branch, then by image.
 
-    def of(self, halves: tuple[int, ...]) -> "MaskRun":
-        """Set for a batch of these halves of guidance."""
-        if halves != self.halves:
-            self.halves = halves
-            self.make_states()
-        return self
+        Generators are made here: made in the U-Net, those of each call would need a compiled graph of their own.
+        """
+        masks = self.masks
+        images = [(image, *pair) for image, pair in enumerate(zip(self.seeds, self.attempts))]
+        rows = [(image, seed, 0 if masks.fixed else i, 0 if masks.shared else half, attempt)
+                for i in calls for half in halves for image, seed, attempt in images]
+        different, states = list(dict.fromkeys(rows)), None
+        if masks.mode == "sample" or isinstance(masks.source, RandomMasks) and masks.source.window:
+            seeds = [mix(*row[1:]) for row in different]
+            states = torch.stack([torch.stack([torch.Generator().manual_seed(seed + k).get_state() for seed in seeds])
+                                  for k in range(len(self.places))])
+        return MaskPass(self, halves, [different.index(row) for row in rows], states)
 
-    @property
-    def rows(self) -> list[tuple[int, ...]]:
-        """Of the batch: image, and what makes its noise."""
-        return [(image, seed, step if self.masks.fresh else 0, 0 if self.masks.shared else half, k)
-                for step in self.steps for half in self.halves
-                for image, (seed, k) in enumerate(zip(self.seeds, self.passes))]
-
-    def make_states(self) -> None:
-        """This step's generators. Made in the U-Net, each step's would make a compiled graph of their own."""
-        rows = self.rows
-        different = list(dict.fromkeys(rows))
-        self.index = None if len(different) == len(rows) else [different.index(row) for row in rows]
-        if self.masks.mode == "sample" or isinstance(self.masks.source, RandomMasks):
-            self.states = torch.stack([torch.stack([
-                torch.Generator().manual_seed(mix(*row[1:], i)).get_state() for row in different])
-                for i in range(len(self.unet.up_units()))])
-
-    def search(self, predict: Callable[[], Tensor]) -> None:
+    def search(self, i: int, x: Tensor, clean: Callable[[Tensor, int], Tensor]) -> None:
         """`MaskSearch`'s place in the loop: these masks are given."""
 
     @property
     def density(self) -> float:
-        """The part of the weights that was kept so far."""
+        """The fraction of the weights that was kept so far."""
         return float(self.kept) / max(int(self.total), 1)
 
-    def unit(self, i: int, h: Tensor, skip: Tensor,
-             emb: Tensor) -> Iterator[tuple[AttentionMasks, AttentionMasks]] | None:
-        """The masks of up unit i, a pair for each TransformerBlock, made when asked for; None: nothing is masked.
 
-        h, skip: (B, C', H, W), what enters the unit; only a block's first unit looks at it. emb: the time (B or 1, E).
+@dataclass
+class MaskPass:
+    """Masks in one pass, for the U-Net.
+
+    index: for each row of the batch, which of the R different rows it has.
+    states: (layers, R, bytes), of the generators; None: nothing is drawn.
+    """
+    run: MaskRun
+    halves: tuple[int, ...]
+    index: list[int]
+    states: Tensor | None
+    core: Tensor | None = None
+
+    def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
+        """The place before an up unit: the first one of a level makes the core of the level's masks.
+
+        h, skip: (B, C', H, W), what enters the unit. emb: the embedding of the time (B or 1, E).
         """
-        config = self.unet.config
-        level, j = divmod(i, config.layers + 1)
-        prefix = f"up_blocks.{level}.attentions.{j}."
-        if level not in self.levels:
-            return None
-        if j == 0:
-            self.cores[level, self.halves] = self.masks.source.core(level, h, skip, emb)
-        return self.blocks(prefix, config.depth[::-1][level], self.cores[level, self.halves], i)
+        run, unet = self.run, self.run.unet
+        level, first = divmod(unit - unet.middle - 1, unet.config.layers + 1)
+        if level in run.levels and first == 0:
+            run.cores[level, self.halves] = run.masks.source.core(level, h, skip, emb)
+        self.core = run.cores.get((level, self.halves))
 
-    def blocks(self, prefix: str, depth: int, core: Tensor | None,
-               i: int) -> Iterator[tuple[AttentionMasks, AttentionMasks]]:
-        states = None if self.states is None else self.states[i].clone()
-        for b in range(depth):
-            names = [[f"{prefix}transformer_blocks.{b}.{attention}.{linear}" for linear in LINEARS]
-                     for attention in ("attn1", "attn2")]
-            yield tuple(AttentionMasks(*(self.mask(name, core, states) for name in four)) for four in names)
+    def of(self, layer: nn.Linear) -> Tensor:
+        """The layer's weight times its mask, (o, i), or (B, o, i) where rows differ."""
+        run = self.run
+        if layer not in run.places:
+            return layer.weight
+        k, name = run.places[layer]
+        source, mode = run.masks.source, run.masks.mode
 
-    def mask(self, name: str, core: Tensor | None, states: Tensor | None) -> Tensor | None:
-        """One layer's mask (B, o, i), or (o, i) where all rows have the same; None: the layer is not masked."""
-        if name not in self.layers:
-            return None
-        layer, source, mode = self.layers[name], self.masks.source, self.masks.mode
+        def spread(x: Tensor) -> Tensor:                               # (R, o, i) -> (B, o, i), or (o, i) where R is 1
+            return x[0] if len(x) == 1 else x if len(x) == len(self.index) else x[self.index]
 
-        def spread(x: Tensor) -> Tensor:                               # one row a generator -> one row of the batch
-            return x[0] if len(x) == 1 else x if self.index is None else x[self.index]
-
-        logits = source.logits(name, layer, core, states)
-        if logits.dim() == 3 and core is None:
+        states = None if self.states is None else self.states[k].clone()
+        logits = source.logits(name, layer, self.core, states)
+        if logits.dim() == 3 and self.core is None:
             logits = spread(logits)
         if mode == "expected":
-            m = source.gumbel.probability(logits)
+            mask = source.gumbel.probability(logits)
         elif mode == "threshold":
-            m = source.gumbel.mask(logits, torch.full_like(logits, math.log(2)))
+            mask = source.gumbel.mask(logits, torch.full_like(logits, math.log(2)))
         else:
-            noise = exponential(layer.weight.shape, states).to(logits.device)
-            m = source.gumbel.mask(logits, spread(noise))
-        self.kept, self.total = self.kept + m.detach().sum(), self.total + m.numel()
-        return m
+            mask = source.gumbel.mask(logits, spread(exponential(layer.weight.shape, states).to(logits.device)))
+        run.kept, run.total = run.kept + mask.detach().sum(), run.total + mask.numel()
+        return layer.weight * mask.to(layer.weight.dtype)
 
 
 # ----------------------------------------------------------------------------------------------- the training-free path
 
 @dataclass(frozen=True)
 class MaskSearch:
-    """At every step, before it is taken: gradient ascent of a score of the predicted x0, by the logits of the masks.
+    """Training-free masks: before every step, gradient ascent of a reward of the predicted x0, by the masks' logits.
 
-    score: clean latents (n, 4, h, w), VAE-scaled, to one number an image, differentiable: see `score_latents`.
-    iterations: updates a step (the paper's lambda, 15 if None); the pass behind the last one goes on to the solver. 0:
-        no search.
-    schedule: "paper", so many at every step; "released": none at the first seven steps, 9 from then on (its 1 and 10
-        iterations, since it uses the pass before its last update), so that `iterations` stays None, or 0.
+    reward: names of rewards, added: "clip", the CLIP in the model's folder, or a folder written by convert_weights.py
+        --reward. As published: IMAGEREWARD_FOLDER:HPS_FOLDER.
+    iterations: updates per step (the paper's lambda, 15 if none); the solver takes the pass after the last one. 0: no
+        search.
+    schedule: "paper", so many at every step; "released": none at the first seven steps, 9 from then on (1 and 10
+        iterations in its code, which uses the pass before the last update); iterations then stays none, or 0.
     keep: "last", the mask after the last update, as published; "best", the one of all passes with the highest score.
+    lr: of AdamW.
+    weight_decay: of AdamW.
     initial: the logits that every step begins with; 1 drops 6.6 % of the weights, as released.
-    reset: a new optimiser at every step; False, as released: the moments of the step before go on acting.
-    checkpointed: keep no activations of U-Net and score but compute them twice; the noise is the same both times. By
-        the sizes of what autograd keeps, SD 1.5 at 512 pixels in float16 needs 7.4 GiB (U-Net 4.5, autoencoder 2.8)
-        without it and 4.5 with it, beside 0.7 GiB for logits, gradients and optimiser, the weights, and the reward's.
+    reset: a new optimiser at every step; no, as released: the moments of the step before continue.
+    checkpoint: compute the activations of U-Net and reward twice instead of keeping them; the noise is the same both
+        times. By the sizes of what autograd keeps, SD 1.5 at 512 pixels in float16 needs 4.5 GiB with it and 7.4 GiB
+        without (U-Net 4.5, autoencoder 2.8), beside the weights and 0.7 GiB for logits, gradients and optimiser.
     """
-    score: Callable[[Tensor], Tensor]
+    reward: tuple[str, ...] = ("clip",)
     iterations: int | None = None
-    schedule: str = "paper"
-    keep: str = "last"
+    schedule: Literal["paper", "released"] = "paper"
+    keep: Literal["last", "best"] = "last"
     lr: float = 1e-2
     weight_decay: float = 1e-2
     initial: float = 1.0
     reset: bool = True
-    checkpointed: bool = False
-    layers: tuple[str, ...] = LAYERS
-    gumbel: Gumbel = Gumbel()
+    checkpoint: bool = False
+    layers, gumbel = LAYERS, Gumbel()
 
     def __post_init__(self) -> None:
         if self.iterations is not None and self.iterations < 0:
@@ -435,42 +459,59 @@ class MaskSearch:
             return 0
         return 9 if self.schedule == "released" else 15 if self.iterations is None else self.iterations
 
-    def start(self, unet: UNet, generators: list[torch.Generator] | None, images: int, halves: int = 1) -> "SearchRun":
-        """What the sampling loop makes for a run. Each image has logits of its own, for both halves of guidance."""
-        source = StaticMasks(unet, self.layers, self.initial, self.gumbel, images).requires_grad_(False)
-        return SearchRun(Masks(source, shared=True), unet, seeds_of(generators, images), tuple(range(halves)),
-                         settings=self)
+    def bind(self, sd: Any) -> "Search":
+        """With these rewards of what sd decodes. InputError where one can't be loaded."""
+        return Search(self, sd.latent_score(self.reward))
+
+
+@dataclass(frozen=True)
+class Search:
+    """A `MaskSearch` whose score is at hand.
+
+    score: clean latents (n, 4, h, w), VAE-scaled, and their n prompts, to one number per image, differentiable.
+    """
+    settings: MaskSearch
+    score: Callable[[Tensor, tuple[str, ...]], Tensor]
+
+    def start(self, run: Any) -> "SearchRun":
+        """The state for one run. Each image has logits of its own, shared by both branches of guidance."""
+        if getattr(run.acting.get("cache"), "parallel", False):
+            raise ValueError("a search for masks needs every step's latents: use the cache without its parallel mode")
+        unet, s = run.network("masks"), self.settings
+        source = StaticMasks(unet, s.layers, s.initial, s.gumbel, len(run.noise)).requires_grad_(False)
+        return SearchRun(Masks(source, shared=True), unet, seeds_of(run), search_settings=s,
+                         score=lambda x0: self.score(x0, run.branches[-1].words))
 
 
 @dataclass
 class SearchRun(MaskRun):
-    """A `MaskRun` whose logits are looked for at each step."""
-    settings: MaskSearch | None = None
+    """A `MaskRun` whose logits are searched for at each step."""
+    search_settings: MaskSearch | None = None
+    score: Callable[[Tensor], Tensor] | None = None
     optimizer: torch.optim.Optimizer | None = None
     history: list[list[list[float]]] = field(default_factory=list)     # score by step, pass and image
-    searches = True
 
-    def search(self, predict: Callable[[], Tensor]) -> None:
-        """Leaves the masks of this step behind. predict: x0 (n, 4, h, w) with the masks as they are set.
+    def search(self, i: int, x: Tensor, clean: Callable[[Tensor, int], Tensor]) -> None:
+        """Finds the masks of call i. clean(x, i): the predicted x0 (n, 4, h, w) with the masks as they are.
 
         InputError where memory runs out and where a score is not finite.
         """
         try:
             with torch.enable_grad():
-                self.climb(predict)
+                self.climb(i, lambda: clean(x, i))
         except FloatingPointError:
-            raise input_error(f"the score of the masks, or its gradient, is not finite at step {self.step}: use "
-                              "--dtype bfloat16 or float32, or lower --cfg-scale") from None
+            raise InputError(f"the score of the masks, or its gradient, is not finite at step {i}: use --dtype "
+                             "bfloat16 or float32, or lower --cfg-scale") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                raise input_error("out of memory in the search for masks: add --mask-checkpoint or --low-memory, or "
-                                  "lower --width and --height (or --resolutions, --freescale), or --batch-size"
-                                  ) from None
+                raise InputError("out of memory in the search for masks: add checkpoint to --masks search, or "
+                                 "--low-memory, or lower --width and --height (or --freescale), or --batch-size"
+                                 ) from None
             raise
 
-    def climb(self, predict: Callable[[], Tensor]) -> None:
-        s, step, values = self.settings, self.step, list(self.masks.source.parameters())
-        updates, images = s.updates(step), len(self.seeds)
+    def climb(self, i: int, predict: Callable[[], Tensor]) -> None:
+        s, values = self.search_settings, list(self.masks.source.parameters())
+        updates, images = s.updates(i), len(self.seeds)
         half = self.unet.conv_in.weight.dtype == torch.float16
         scale = 2.0 ** 12 if half else 1.0                             # the gradient of one pixel is 0 in float16
         for p in values:
@@ -480,13 +521,13 @@ class SearchRun(MaskRun):
             self.optimizer = torch.optim.AdamW(values, lr=s.lr, weight_decay=s.weight_decay)
         scores, best, kept = [], [0] * images, []
         for k in range(updates + (s.keep == "best")):
-            self.at(step, passes=[k] * images)                         # fresh noise in every pass
+            self.attempts = [k] * images                               # fresh noise in every pass
             with torch.set_grad_enabled(k < updates):
-                if s.checkpointed:
+                if s.checkpoint:
                     x0 = checkpoint(predict, use_reentrant=False, preserve_rng_state=False)
-                    score = checkpoint(s.score, x0, use_reentrant=False, preserve_rng_state=False)
+                    score = checkpoint(self.score, x0, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    score = s.score(predict())
+                    score = self.score(predict())
             if not score.isfinite().all():
                 raise FloatingPointError
             scores.append(score.tolist())
@@ -499,7 +540,7 @@ class SearchRun(MaskRun):
                         mine[image] = p.detach()[image]
             if k < updates:
                 self.optimizer.zero_grad()
-                (-scale * score).sum().backward()                      # of each image only its own logits know
+                (-scale * score).sum().backward()                      # a score depends on its own image's logits alone
                 for grad in (p.grad for p in values if p.grad is not None):      # a cache doesn't run every layer
                     grad /= scale
                     if not grad.isfinite().all():
@@ -511,34 +552,14 @@ class SearchRun(MaskRun):
             p.grad = None
             p.requires_grad_(False)
         self.history.append(scores)
-        self.at(step, passes=best if s.keep == "best" else [updates] * images)
-
-
-def input_error(message: str) -> Exception:
-    from folder import InputError
-    return InputError(message)
-
-
-def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor], prompts: list[str],
-                  tile: Callable[[Tensor], int | None] = lambda latents: None) -> Callable[[Tensor], Tensor]:
-    """A `MaskSearch`'s score by a reward of pictures (n, 3, H, W) in [0, 1] and their n prompts: larger is better.
-
-    tile: of the VAE, by the latents that it is for.
-    """
-    def score(x0: Tensor) -> Tensor:
-        z = x0 / vae.config.scaling
-        images = vae.to(x0.device).decode(z, tile(z)).float() / 2 + 0.5                   # it may wait in main memory
-        return reward(images.clamp(0, 1), prompts)
-    return score
+        self.attempts = best if s.keep == "best" else [updates] * images
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-# From here on other files of this project are needed; what is above runs with `unet.py` alone.
-
 KINDS = {"dynamic": DynamicMasks, "static": StaticMasks}
 
 
-def fingerprint(unet: UNet, layers: tuple[str, ...] = LAYERS) -> str:
+def weight_digest(unet: UNet, layers: tuple[str, ...] = LAYERS) -> str:
     """A short name for the weights that are masked: models of one shape differ in it, dtypes of one model don't.
 
     Made of the signs alone: they are what no rounding to float16 or bfloat16 changes, not even to zero.
@@ -555,12 +576,9 @@ def save_masks(masks: DynamicMasks | StaticMasks, path: Path, unet: UNet,
 
     unet: the one that they are for; `load_masks` takes them for no other.
     """
-    from safetensors.torch import save_file
-
-    from folder import replacing
     kind = next(name for name, cls in KINDS.items() if type(masks) is cls)
     facts = {"kind": kind, "settings": masks.settings, "gumbel": asdict(masks.gumbel), "training": training or {},
-             "model": fingerprint(unet, masks.layers)}
+             "model": weight_digest(unet, masks.layers)}
     with replacing(path) as part:
         save_file({name: p.detach().contiguous().cpu() for name, p in masks.state_dict().items()}, part,
                   metadata={"maskunet": json.dumps(facts)})
@@ -568,16 +586,15 @@ def save_masks(masks: DynamicMasks | StaticMasks, path: Path, unet: UNet,
 
 def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
     """Masks for this very U-Net, frozen. InputError where the file is no such file, or was made for another model."""
-    from folder import InputError, check_names, open_safetensors
     another = f"{path} was trained for another model"
-    remedy = "train masks for this U-Net: python maskunet.py train"
+    remedy = "train masks for this U-Net: python train.py masks"
     with open_safetensors(path, "train the masks again") as file:
         try:
             facts = json.loads((file.metadata() or {})["maskunet"])
             masks = KINDS[facts["kind"]](unet, gumbel=Gumbel(**facts["gumbel"]), **facts["settings"])
-            theirs, mine = facts["model"], fingerprint(unet, masks.layers)
+            theirs, mine = facts["model"], weight_digest(unet, masks.layers)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a file of masks ({error}); make one: python maskunet.py train") from None
+            raise InputError(f"{path} is not a file of masks ({error}); make one: python train.py masks") from None
         wanted = masks.state_dict()
         try:
             check_names(list(file.keys()), list(wanted), "it")
@@ -595,9 +612,3 @@ def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
             raise InputError(f"{another} of the same shape: its masks are for the weights {theirs}, but this U-Net's "
                              f"are {mine}; {remedy}")
     return masks.requires_grad_(False)
-
-
-if __name__ == "__main__":
-    from folder import run_command
-    from train_masks import main
-    run_command(main)

@@ -1,12 +1,12 @@
-"""What a run will need, before it runs: peak memory and floating-point operations, from shapes alone.
+"""What a run will need, before it runs: peak memory and arithmetic, from shapes alone.
 
-Start at `plan_stages`: it runs the real U-Net and VAE on PyTorch's meta device, where tensors have shapes but no
-memory, under a `Meter` that adds up the tensors alive. So the plan can't drift away from the code. Not in it:
-workspaces of convolution libraries and what an allocator keeps in reserve (one call of the tiny model's U-Net at 512
-pixels made a process on a CPU grow by 0.139 to 0.150 GB; planned are 0.089 of tensors), weight masks, and what caches
-and T-GATE keep. Attention counts as fused: no matrix of scores is formed, as by PyTorch's kernels for NVIDIA GPUs and
-CPUs; on a device without such kernels it is, heads x N x N numbers for each row, and the plan is far too low.
-For runs in which caches leave units out, `run_macs` adds up each unit's own count.
+Start at `plan_stages`: it makes the first call of the real loop, and the VAE's, on PyTorch's meta device, where tensors
+have shapes but no memory, under a `Meter` that adds up the tensors alive. So the plan can't drift away from the code.
+It leaves out the workspaces of convolution libraries and what an allocator keeps in reserve (one call of the tiny
+model's U-Net at 512 pixels made a process on a CPU grow by 0.139 to 0.150 GB; planned are 0.089 of tensors), weight
+masks, and what caches and T-GATE keep. Attention counts as fused: no matrix of scores is formed, as with PyTorch's
+kernels for NVIDIA GPUs and CPUs. On a device without such kernels it is formed, heads x N x N numbers per row, and the
+plan is far too low. For runs in which caches leave units out, `run_macs` adds up each unit's own count.
 """
 import weakref
 from collections.abc import Callable
@@ -22,12 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from clip_text import TextEncoder
 from folder import ModelConfig, build
 from freescale import FreeScale, enlarge
-from freeu import FreeU
-from unet import ResBlock, SpatialTransformer, UNet
+from sampler import Condition, Run, begin, generate, plan
+from unet import UNet, Unit
 from vae import VAE, together
 
 
@@ -93,7 +92,7 @@ def measure(run: Callable[[], Any], *modules: nn.Module) -> Cost:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its size in pixels, one call of the U-Net, the VAE before it (and behind the last), bytes in all."""
+    """One stage: its size in pixels, one step, the VAE before it (and after the last stage), bytes in all."""
     height: int
     width: int
     unet: Cost
@@ -102,30 +101,30 @@ class StagePlan:
 
 
 def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guided: bool = True,
-                dtype: torch.dtype = torch.float16, low_memory: bool = False, freeu: FreeU | None = None,
+                dtype: torch.dtype = torch.float16, low_memory: bool = False,
                 tile: Callable[[Tensor], int | None] = lambda latents: None,
-                stages: list[int] | None = None) -> list[StagePlan]:
+                stages: list[int] | None = None, **techniques: Any) -> list[StagePlan]:
     """Memory and operations of a cascade's stages (None: of all). tile: of the VAE, by the latents that it is for.
 
-    low_memory: as in `StableDiffusion.load`. `freescale.native` must be set.
+    freescale: with all sizes, see `FreeScale.fit`. low_memory: as in `StableDiffusion.load`.
     """
     unet, vae = build(UNet, config.unet).to(dtype), build(VAE, config.vae)
     vae.to(torch.float32 if config.vae.force_upcast and dtype == torch.float16 else dtype)
     texts = [build(TextEncoder, c).to(dtype) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
     resident = weight_bytes(unet) + (0 if low_memory else weight_bytes(vae, *texts))
-    rows = images * (2 if guided and not low_memory else 1)
 
-    def latents(height: int, width: int, rows: int = images, dtype: torch.dtype = torch.float32) -> Tensor:
+    def latents(height: int, width: int) -> Tensor:
         side = config.vae.factor
-        return torch.empty(rows, config.unet.in_channels, height // side, width // side, dtype=dtype, device="meta")
+        return torch.empty(images, config.unet.in_channels, height // side, width // side, device="meta")
 
     def call(size: tuple[int, int], number: int) -> None:
-        x = latents(*size, rows, dtype)
+        context = torch.empty(images, config.text_encoder.length, config.unet.context_dim, dtype=dtype, device="meta")
+        added = torch.empty(images, config.unet.add_dim, dtype=dtype, device="meta") if config.unet.add_dim else None
+        said, noise = Condition(context, added), latents(*size)
         generators = [torch.Generator().manual_seed(0) for _ in range(images)]
-        scale = freescale.start(x.shape[2:], 1, generators).at(0) if number else None
-        context = torch.empty(rows, config.text_encoder.length, config.unet.context_dim, dtype=dtype, device="meta")
-        added = torch.empty(rows, config.unet.add_dim, dtype=dtype, device="meta") if config.unet.add_dim else None
-        unet(x, torch.empty(1, device="meta"), context, added, freeu=freeu, freescale=scale)
+        next(generate(unet, noise, said, said if guided else None, plan("ddim", 1), 7.5, noise if number else None,
+                      generators=generators, low_memory=low_memory,
+                      **techniques | ({"freescale": freescale} if number else {})))
 
     def code(size: tuple[int, int], number: int) -> None:
         if number and freescale.upsample == "rgb":
@@ -146,7 +145,7 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
 
 def least_memory(config: ModelConfig, height: int, width: int, images: int, guided: bool, dtype: torch.dtype,
                  low_memory: bool) -> int:
-    """Bytes that a picture surely takes, known at once: itself, twice in float32, or the U-Net's uppermost skips."""
+    """Bytes that a picture surely takes, without a plan: itself, twice in float32, or the U-Net's uppermost skips."""
     maps = images * (2 if guided and not low_memory else 1) * (config.unet.layers + 1) * config.unet.channels[0]
     skips = maps * dtype.itemsize * (height // config.vae.factor) * (width // config.vae.factor)
     return max(skips, 2 * images * 3 * height * width * torch.float32.itemsize)
@@ -169,22 +168,24 @@ def free_memory(device: torch.device) -> int | None:
 # ------------------------------------------------------------------------------------- multiply-adds, unit by unit
 
 def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tuple[int, int]]:
-    """Multiply-adds of every unit of the flat list for one latent: of all but its attention to the text, and of that.
+    """Multiply-adds of every unit of the flat list for one latent: without its attention to the text, and of that.
 
-    Convolutions, linear layers and attention's two products, by their shapes: equal to torch's FLOP counter / 2. Of a
-    pass by itself, in which each unit projects text and time anew; the last unit has the embedding and output layers.
+    Convolutions, linear layers and the two products of attention, by their shapes: equal to half of torch's FLOP
+    count. They are those of a pass by itself, in which each unit projects text and time anew; the last unit includes
+    the embeddings and the output layers.
     """
     def weights(*modules: nn.Module) -> int:
         return sum(module.weight.numel() for module in modules)
 
-    def unit(resnets: list[ResBlock], attention: SpatialTransformer | None, size: tuple[int, int]) -> list[int]:
-        n, macs, text = size[0] * size[1], 0, 0
-        for r in resnets:
+    def count(unit: Unit, size: tuple[int, int]) -> list[int]:
+        n, text = size[0] * size[1], 0
+        macs = 0 if unit.conv is None else n * weights(unit.conv)
+        for r in unit.resnets:
             shortcut = [] if r.conv_shortcut is None else [r.conv_shortcut]
             macs += n * weights(r.conv1, r.conv2, *shortcut) + weights(r.time_emb_proj)
-        if attention is not None:
-            macs += n * weights(attention.proj_in, attention.proj_out)
-            for block in attention.transformer_blocks:
+        if unit.attention is not None:
+            macs += n * weights(unit.attention.proj_in, unit.attention.proj_out)
+            for block in unit.attention.transformer_blocks:
                 own, cross, (gate, _, out) = block.attn1, block.attn2, block.ff.net
                 c = own.to_q.out_features
                 macs += n * weights(own.to_q, own.to_k, own.to_v, own.to_out[0], gate.proj, out) + 2 * n * n * c
@@ -192,34 +193,44 @@ def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tup
                 text += 2 * n * tokens * c
         return [macs, text]
 
-    sizes = [(height, width)]
-    counts = [[height * width * weights(unet.conv_in), 0]]
-    for resnet, attention, down in unet.down_units():
-        h, w = sizes[-1]
-        sizes.append((h, w) if down is None else ((h + 1) // 2, (w + 1) // 2))
-        h, w = sizes[-1]
-        counts.append(unit([resnet], attention, (h, w)) if down is None else [h * w * weights(down.conv), 0])
-    counts.append(unit(list(unet.mid_block.resnets), unet.mid_block.attentions[0], sizes[-1]))
-    for resnet, attention, up in unet.up_units():
-        counts.append(unit([resnet], attention, sizes.pop()))
-        if up is not None:
-            counts[-1][0] += sizes[-1][0] * sizes[-1][1] * weights(up.conv)
+    sizes, counts = [], []
+    for k, unit in enumerate(unet.units()):
+        if k <= unet.middle:
+            h, w = sizes[-1] if sizes else (height, width)
+            halved = unit.conv is not None and unit.conv.stride != (1, 1)
+            sizes.append(((h + 1) // 2, (w + 1) // 2) if halved else (h, w))
+            counts.append(count(unit, sizes[-1]))
+        else:                                                          # an up unit has the size of its skip
+            h, w = sizes[2 * unet.middle - k]
+            counts.append(count(unit, (h, w)))
+            if unit.up is not None:
+                h, w = sizes[2 * unet.middle - k - 1]
+                counts[-1][0] += h * w * weights(unit.up)
     embeddings = [unet.time_embedding] + ([unet.add_embedding] if unet.config.add_dim else [])
     counts[-1][0] += height * width * weights(unet.conv_out) + sum(weights(e.linear_1, e.linear_2) for e in embeddings)
     return [(macs, text) for macs, text in counts]
 
 
+def shape_run(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
+              **techniques: Any) -> Run:
+    """A run of one image from step `first`, to ask what each call executes: its latents have a shape alone."""
+    noise = torch.empty(1, unet.config.in_channels, height, width, device="meta")
+    said = Condition(torch.empty(1, 1, unet.config.context_dim, device="meta"))
+    return begin(unet, noise, said, said if guided else None, plan("ddim", steps), 7.5, noise if first else None,
+                 (steps - first + 0.5) / steps if first else 1.0, None, techniques)
+
+
 def run_macs(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
-             cache: DeepCache | FasterDiffusion | Inherit | None = None, tgate: TGate | None = None,
-             tokens: int = 77) -> int:
-    """Multiply-adds of all passes of one image's run from step `first`; guided: two rows a pass."""
+             tokens: int = 77, **techniques: Any) -> int:
+    """Multiply-adds of all passes of one image's run from step `first`, with a cache and T-GATE; guided: two branches.
+
+    height, width: of the latents.
+    """
     units, total = unit_macs(unet, height, width, tokens), 0
-    gate = steps if tgate is None else tgate.start(steps, first)[0]
-    features = None if cache is None else cache.start(steps, {first, gate}, unet)
-    for i in range(first, steps):
-        rows = 1 if not guided or i >= gate and tgate.guidance == "drop" else 2
-        closed = i >= gate and tgate.text == "reuse"
-        now = None if features is None else features.at(i)
-        total += rows * sum(macs + (0 if closed else text) for k, (macs, text) in enumerate(units)
-                            if now is None or now.runs(k))
+    run = shape_run(unet, height, width, steps, first, guided, **techniques)
+    cache, tgate = run.acting.get("cache"), run.acting.get("tgate")
+    for i in range(run.first, steps):
+        runs = range(len(units)) if cache is None else cache.units(i)
+        attends = tgate is None or tgate.open(i)
+        total += len(run.halves(i)) * sum(units[k][0] + (units[k][1] if attends else 0) for k in runs)
     return total

@@ -1,30 +1,26 @@
-"""Samplers: from noise to a latent, in as many U-Net calls as there are steps.
+"""Samplers: from noise to a latent, one U-Net call after the other.
 
-Start at `generate`, the loop; it owns the step number. A solver (`ddim`, `dpm_solver`) is a small function that keeps
-what it remembers to itself. `Plan` says which times a run visits and how much noise is left at each.
+Start at `generate`, the loop, which owns the number of the call and names every technique that acts on latents. A
+solver (`ddim`, `dpm_solver`, `heun`) is a small function that keeps its own memory. `Plan` lists the calls of a run.
 Everywhere x is what the U-Net was trained on, x = sqrt(alpha) x0 + sqrt(1 - alpha) eps, with alpha the "alpha-bar" of
 DDPM. In these coordinates Euler's method is DDIM at other times, and ancestral Euler is DDIM with eta = 1: one formula
 serves the three. (Elsewhere Euler runs on x / sqrt(alpha), whose noise level is sigma = sqrt((1 - alpha) / alpha).)
-Sources: DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095; Euler and Karras' sigmas, arXiv 2206.00364; guidance,
-arXiv 2207.12598. Checked against diffusers 0.42.1, whose times, betas and last steps are those of the published models.
+Sources: DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095; Euler, Heun and Karras' sigmas, arXiv 2206.00364;
+guidance, arXiv 2207.12598. Checked against diffusers 0.42.1, whose times, betas and last steps are those of the
+published models.
 """
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate
-    from freescale import FreeScale
-    from freeu import FreeU
-    from maskunet import Masks, MaskSearch
-    from unet import PerUnit
+from unet import OFF, Techniques, UNet
 
-SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a")
+SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a", "heun", "heun-karras")
 
 
 @dataclass(frozen=True)
@@ -45,29 +41,63 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The times of a run of S steps: step i calls the U-Net at times[i] and leads from now[i] to after[i]."""
+    """The calls of a run: call i is made at times[i] and leads from noise level now[i] to after[i].
+
+    A denoising step is one call of the U-Net, or two with Heun's method. begins[i]: does call i begin a step?
+    """
     sampler: str
     spacing: str
+    solver: "Callable[[Plan, Callable[[], Tensor]], Step]"
+    eta: float
+    prediction: str                    # what the U-Net predicts, "epsilon" or "v"
+    train_steps: int
     times: tuple[float, ...]           # falling; times can repeat, so nothing is ever looked up by its time
-    now: tuple[float, ...]             # alpha at each step
-    after: tuple[float, ...]           # alpha behind it: the next step's, or near it (DDIM counts back a fixed stride)
-    start_scale: float                 # the pure noise of step 0 is multiplied by this
+    now: tuple[float, ...]             # alpha at each call
+    after: tuple[float, ...]           # alpha after it: the next call's, or near it (DDIM counts back a fixed stride)
+    begins: tuple[bool, ...]
+    start_scale: float                 # the pure noise of the first call is multiplied by this
+
+    @property
+    def calls(self) -> int:
+        return len(self.times)
+
+    @property
+    def steps(self) -> int:
+        return sum(self.begins)
+
+    def fraction(self, i: int) -> float:
+        """The part of all steps that is done before the step of call i, from 0 to below 1."""
+        return (sum(self.begins[:i + 1]) - 1) / self.steps
+
+    def first_call(self, step: int) -> int:
+        """The number of the call that begins a step; for the step after the last one, the number of all calls."""
+        return [*(i for i, begins in enumerate(self.begins) if begins), self.calls][step]
 
 
-def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), spacing: str | None = None) -> Plan:
-    """Which times to visit. spacing None: the schedule's own, else diffusers' default for the sampler.
+def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), spacing: str | None = None,
+         eta: float = 0.0, prediction: str = "epsilon") -> Plan:
+    """The calls of a run of so many steps. spacing None: the schedule's own, or diffusers' default for the sampler.
 
-    ValueError for an unknown sampler or spacing, and for steps outside 1..train_steps.
+    eta: 0 is DDIM, 1 as much noise as DDPM; for "ddim" and "euler" ("euler-a" is "euler" with eta 1).
+    ValueError for an unknown sampler, spacing or prediction, for steps outside 1..train_steps, and for an eta outside
+    0..1 or of a deterministic sampler.
     """
     T = schedule.train_steps
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be 1 to {T}, not {steps}; 20 to 50 are usual")
+    if prediction not in ("epsilon", "v"):
+        raise ValueError(f"prediction is 'epsilon' or 'v', not {prediction!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, not {eta:g}")
+    if eta > 0 and sampler.startswith(("dpm", "heun")):
+        raise ValueError(f"{sampler} is deterministic: leave eta at 0, or use ddim or euler-a")
     spacing = spacing or schedule.spacing or ("leading" if sampler == "ddim" else "linspace")
-    solver, karras = sampler.removesuffix("-karras"), sampler.endswith("-karras")
+    name, karras = sampler.removesuffix("-karras"), sampler.endswith("-karras")
+    solver, eta = SOLVERS[name], 1.0 if name == "euler-a" else eta
 
-    count = steps + 1 if solver == "dpm++2m" else steps                # DPM-Solver++ spaces one more and drops the last
+    count = steps + 1 if name == "dpm++2m" else steps                  # DPM-Solver++ spaces one more and drops the last
     if spacing == "leading":
         times = np.arange(count)[::-1] * max(T // count, 1) + schedule.steps_offset
     elif spacing == "linspace":
@@ -77,28 +107,34 @@ def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), sp
     else:
         raise ValueError(f"unknown spacing {spacing!r}; there are leading, linspace, trailing")
     times = times[:steps].clip(0, T - 1)
-    if not solver.startswith("euler"):
-        times = times.round()                                          # Euler alone visits fractional times
+    if not name.startswith(("euler", "heun")):
+        times = times.round()                                          # only these two visit fractional times
 
     table = schedule.alphas().double().numpy()
-    if solver == "ddim":
+    if name == "ddim":
         back = times.astype(int) - T // steps
-        after = np.where(back < 0, 1.0 if schedule.set_alpha_to_one else table[0], table[back.clip(0)])
-        return Plan(sampler, spacing, tuple(times.tolist()), tuple(table[times.astype(int)].tolist()),
-                    tuple(after.tolist()), start_scale=1.0)
-
-    table_sigma = np.sqrt((1 - table) / table)
-    sigma = np.interp(times, np.arange(T), table_sigma)
-    if karras:
-        high, low = (table_sigma[-1], table_sigma[0]) if solver == "dpm++2m" else (sigma[0], sigma[-1])
-        sigma = karras_sigmas(low, high, steps)
-        times = np.interp(np.log(sigma), np.log(table_sigma), np.arange(T))
-        times = times.round() if solver == "dpm++2m" else times
-    now = (1 / (1 + sigma ** 2)).tolist()
-    # Euler's first x is noise without sqrt(alpha) x0, a little short of unit variance, unless the times are "leading"
-    short = solver.startswith("euler") and spacing != "leading"
-    return Plan(sampler, spacing, tuple(times.tolist()), tuple(now), (*now[1:], 1.0),
-                start_scale=math.sqrt(1 - now[0]) if short else 1.0)
+        now = table[times.astype(int)].tolist()
+        after = np.where(back < 0, 1.0 if schedule.set_alpha_to_one else table[0], table[back.clip(0)]).tolist()
+        start_scale = 1.0
+    else:
+        table_sigma = np.sqrt((1 - table) / table)
+        sigma = np.interp(times, np.arange(T), table_sigma)
+        if karras:
+            high, low = (table_sigma[-1], table_sigma[0]) if name == "dpm++2m" else (sigma[0], sigma[-1])
+            sigma = karras_sigmas(low, high, steps)
+            times = np.interp(np.log(sigma), np.log(table_sigma), np.arange(T))
+            times = times.round() if name == "dpm++2m" else times
+        now = (1 / (1 + sigma ** 2)).tolist()
+        after = [*now[1:], 1.0]
+        # Euler's first x is noise without sqrt(alpha) x0, whose variance is a little less than 1, except with "leading"
+        short = name.startswith(("euler", "heun")) and spacing != "leading"
+        start_scale = math.sqrt(1 - now[0]) if short else 1.0
+    times, begins = times.tolist(), [True] * steps
+    if solver is heun:                                                 # every step but the last has a second call
+        times, now = ([x for pair in zip(row, row[1:]) for x in pair] + row[-1:] for row in (times, now))
+        after, begins = [x for x in after[:-1] for _ in range(2)] + after[-1:], [i % 2 == 0 for i in range(len(now))]
+    return Plan(sampler, spacing, solver, eta, prediction, T, tuple(times), tuple(now), tuple(after), tuple(begins),
+                start_scale)
 
 
 def karras_sigmas(low: float, high: float, steps: int, rho: float = 7.0) -> np.ndarray:
@@ -108,22 +144,22 @@ def karras_sigmas(low: float, high: float, steps: int, rho: float = 7.0) -> np.n
 
 
 # ------------------------------------------------------------------------------------------------------------- solvers
-# solver(plan, ...) -> step(i, x, x0, eps), which leads from step i's noise level to the one behind it.
+# solver(plan, noise) -> step(i, x, x0, eps), which leads from noise level now[i] to after[i]; noise() draws unit noise.
 
 Step = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def ddim(plan: Plan, eta: float, noise: Callable[[], Tensor]) -> Step:
-    """DDIM, eq. 12 and 16 of arXiv 2010.02502; Euler; with eta = 1 ancestral Euler. noise() draws unit noise."""
+def ddim(plan: Plan, noise: Callable[[], Tensor]) -> Step:
+    """DDIM, eq. 12 and 16 of arXiv 2010.02502; Euler; with eta = 1 ancestral Euler."""
     def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         now, after = plan.now[i], plan.after[i]
-        variance = eta ** 2 * (1 - after) / (1 - now) * (1 - now / after)
+        variance = plan.eta ** 2 * (1 - after) / (1 - now) * (1 - now / after)
         x = math.sqrt(after) * x0 + math.sqrt(max(1 - after - variance, 0)) * eps
-        return x + math.sqrt(max(variance, 0)) * noise() if eta > 0 else x
+        return x + math.sqrt(max(variance, 0)) * noise() if plan.eta > 0 else x
     return step
 
 
-def dpm_solver(plan: Plan) -> Step:
+def dpm_solver(plan: Plan, noise: Callable[[], Tensor]) -> Step:
     """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: extrapolates x0 from this step's and the last step's."""
     last_x0, last_h = None, 0.0
 
@@ -139,6 +175,29 @@ def dpm_solver(plan: Plan) -> Step:
     return step
 
 
+def heun(plan: Plan, noise: Callable[[], Tensor]) -> Step:
+    """Heun's method, algorithm 1 of arXiv 2206.00364: a step of Euler's, then the step again with the mean slope."""
+    start = None                                                       # x, alpha and slope at the start of the step
+
+    def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        nonlocal start
+        now, after = plan.now[i], plan.after[i]
+        if plan.begins[i]:
+            start = x, now, eps
+            return math.sqrt(after) * x0 + math.sqrt(1 - after) * eps
+        x, now, slope = start
+        return math.sqrt(after) * (x / math.sqrt(now) + (sigma_of(after) - sigma_of(now)) * (slope + eps) / 2)
+    return step
+
+
+SOLVERS = {"ddim": ddim, "dpm++2m": dpm_solver, "euler": ddim, "euler-a": ddim, "heun": heun}
+
+
+def sigma_of(alpha: float) -> float:
+    """The noise level of x / sqrt(alpha)."""
+    return math.sqrt((1 - alpha) / alpha)
+
+
 def half_log_snr(alpha: float) -> float:
     """lambda = log(sqrt(alpha) / sqrt(1 - alpha))"""
     return math.inf if alpha == 1 else 0.5 * math.log(alpha / (1 - alpha))
@@ -146,179 +205,181 @@ def half_log_snr(alpha: float) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
-def generate(unet: Callable[..., Tensor], noise: Tensor, context: Tensor, negative_context: Tensor | None = None,
-             steps: int = 30, sampler: str = "ddim", cfg_scale: float = 7.5, prediction: str = "epsilon",
-             added: Tensor | None = None, negative_added: Tensor | None = None, spacing: str | None = None,
-             eta: float = 0.0, generators: list[torch.Generator] | None = None,
-             *, freeu: "FreeU | None" = None, cache: "DeepCache | FasterDiffusion | Inherit | None" = None,
-             tgate: "TGate | None" = None, freescale: "FreeScale | None" = None,
-             masks: "Masks | MaskSearch | None" = None,
-             schedule: NoiseSchedule = NoiseSchedule(), init: Tensor | None = None, strength: float = 1.0,
-             low_memory: bool = False) -> Iterator[tuple[int, Tensor]]:
-    """Yields (step number, latents after that step); the last latents are the result, (B, 4, h, w), VAE-scaled.
+class Condition(NamedTuple):
+    """What the U-Net is told beside latents and time: a text (B, L, D); for SDXL, pooled text and sizes (B, add_dim).
+
+    words: the B texts themselves, for techniques that read them.
+    """
+    context: Tensor
+    added: Tensor | None = None
+    words: tuple[str, ...] = ()
+
+
+@dataclass
+class Run:
+    """What is known when a run begins. `settings.start(run)` makes a technique's state from it, for this run alone.
+
+    acting: these states, by the name of their field in `Techniques`. A state's method at(calls, halves) gives what
+    stands in that field at a call, or at several calls that are decoded in one batch.
+    """
+    unet: Callable[..., Tensor]
+    plan: Plan
+    first: int                                 # the first call; not 0 where a picture is redrawn in part
+    noise: Tensor                              # (B, 4, h, w), unit variance
+    init: Tensor | None
+    branches: tuple[Condition, ...]            # the negative prompt and the prompt, or the prompt alone
+    generators: list[torch.Generator] | None
+    turns: frozenset[int]                      # calls at which nothing older may be reused
+    acting: dict[str, Any] = field(default_factory=dict)
+    known: dict[tuple[int, ...], tuple] = field(default_factory=dict)  # see `inputs`
+
+    def network(self, technique: str) -> UNet:
+        """The U-Net, for a technique that must look into it. ValueError where a function stands in its place."""
+        if not hasattr(self.unet, "units"):
+            raise ValueError(f"{technique} needs a UNet, in which it acts, and a function was given: leave it out")
+        return self.unet
+
+    def halves(self, i: int) -> tuple[int, ...]:
+        """The numbers of the branches that call i needs: both, or without guidance the last, the prompt's."""
+        last = len(self.branches) - 1
+        guided = all(state.guided(i) for state in self.acting.values() if hasattr(state, "guided"))
+        return tuple(range(last + 1)) if guided else (last,)
+
+    def on(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> Techniques:
+        """What acts in the U-Net at a call of these branches, or at several calls in one batch."""
+        now = {name: state.at(calls, halves) for name, state in self.acting.items()}
+        return Techniques(**now) if any(acts is not None for acts in now.values()) else OFF
+
+    def alike(self, i: int, j: int) -> bool:
+        """Can calls i and j be decoded in one batch?"""
+        return all(state.alike(i, j) for state in self.acting.values() if hasattr(state, "alike"))
+
+    def inputs(self, halves: tuple[int, ...]) -> tuple[Any, Any, Tensor | None]:
+        """Times by call, text, and added condition of these branches in one batch: made once, as x changes none."""
+        if halves not in self.known:
+            contexts, added, _ = zip(*(self.branches[half] for half in halves))
+            context, added = torch.cat(contexts), None if added[0] is None else torch.cat(added)
+            self.known[halves] = (*prepare(self.unet, context, self.plan, added), added)
+        return self.known[halves]
+
+
+def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, negative: Condition | None, plan: Plan,
+             cfg_scale: float = 7.5, init: Tensor | None = None, strength: float = 1.0,
+             generators: list[torch.Generator] | None = None, low_memory: bool = False,
+             **techniques: Any) -> Iterator[tuple[int, Tensor]]:
+    """Yields (number of the call, latents after it); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
     unet: a `UNet`, or any function (x, t, context, added) -> prediction, with t a scalar tensor. Gradients are recorded
         unless the caller says torch.no_grad().
-    noise: (B, 4, h, w), unit variance; its dtype is the one that the solver computes in.
-    context, negative_context: text embeddings (B, L, D). Guidance: negative + cfg_scale * (positive - negative), so
-        that scale 1 is no guidance (and one pass instead of two) and 0 follows the negative prompt alone; a
-        negative_context of None also means no guidance.
-    prediction: what the U-Net predicts, "epsilon" or "v".
-    added, negative_added: SDXL's added conditions (B, add_dim); a negative_added of None: the same for both.
-    eta: 0 is DDIM, 1 as much noise as DDPM; for "ddim" and the "euler" samplers ("euler-a" is "euler" with eta 1).
-    generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
-    freeu: factors on the U-Net's backbone and skips, see `freeu.py`.
-    cache: run only a part of the U-Net between key steps, see `cache.py`; needs a `UNet`.
-    tgate: from a step on, reuse the attention to the text, or drop guidance, or both, see `cache.py`; needs a `UNet`.
-    freescale: run as a later stage of the cascade, from `init`, an enlarged picture; the settings' `restart` takes the
-        place of `strength`. See `freescale.py`; needs generators.
-    masks: masks on the weights of the U-Net's attention, given or searched for at each step, see `maskunet.py`; needs a
-        `UNet`, and generators where masks are drawn.
+    noise: (B, 4, h, w), unit variance; the solver computes in its dtype.
+    negative, cfg_scale: guidance is negative + cfg_scale * (prompt - negative). A scale of 1, or None as negative,
+        means no guidance, with one branch instead of two; 0 follows the negative prompt alone.
     init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
-    low_memory: run the two halves of guidance one after the other: the same result with half the activations.
+    generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
+    low_memory: run the branches of guidance one after the other: the same result with half the activations.
+    techniques: settings by the name of their field in `unet.Techniques`, such as freeu=FreeU(1.3, 1.4, 0.9, 0.2).
     """
-    if freescale is not None and (init is None or generators is None):
-        raise ValueError("FreeScale goes on from an enlarged picture: pass it as init, and generators, one per image")
-    for name, given in (("cache", cache), ("tgate", tgate), ("masks", masks)):
-        if given is not None and not hasattr(unet, "up_units"):
-            raise ValueError(f"{name} needs a UNet, in which it acts, and a function was given: leave it out")
-    p = plan(sampler, steps, schedule, spacing)
-    eta = 1.0 if sampler == "euler-a" else eta
-    check_settings(sampler, prediction, eta, generators, strength)
-    step = dpm_solver(p) if sampler.startswith("dpm") else ddim(p, eta, lambda: draw_noise(generators, noise))
-
-    stage = None if freescale is None else freescale.start(noise.shape[2:], steps, generators)
-    start = 0 if init is None else steps - int(steps * strength)
-    if freescale is not None:
-        start = freescale.first_step(steps)
-    if start == steps:                                                 # strength 0: nothing to do
-        yield steps - 1, init.expand_as(noise)
+    run = begin(unet, noise, prompt, negative, plan, cfg_scale, init, strength, generators, techniques)
+    if run.first == plan.calls:                                        # strength 0: nothing to do
+        yield plan.calls - 1, init.expand_as(noise)
         return
-    x = noise * p.start_scale if init is None else math.sqrt(p.now[start]) * init + math.sqrt(1 - p.now[start]) * noise
+    freescale, highres, cache, masks = (run.acting.get(name) for name in ("freescale", "highres", "cache", "masks"))
 
-    gate_step = steps if tgate is None else tgate.start(steps, start)[0]
-    # Both halves of guidance run in one batch, or in two. What doesn't depend on x is computed once, before the loop.
-    guided = negative_context is not None and cfg_scale != 1
-    rows = [((0,), context, added)]
-    if guided:
-        negative_added = added if negative_added is None else negative_added
-        rows = [((0,), negative_context, negative_added), ((1,), context, added)]
-        if not low_memory:
-            both = None if added is None else torch.cat([negative_added, added])
-            rows = [((0, 1), torch.cat([negative_context, context]), both)]
-    passes = [Pass(halves, *prepare(unet, text, p, extra), extra,
-                   None if cache is None else cache.start(steps, {start, gate_step}, unet),
-                   None if tgate is None else tgate.start(steps, start)[1]) for halves, text, extra in rows]
-    drawn = None if masks is None else masks.start(unet, generators, len(noise), 1 + guided)
-    if drawn is not None and drawn.searches and cache is not None and passes[0].features.parallel:
-        raise ValueError("a search for masks needs every step's latents: use the cache without its parallel mode")
+    def call(x: Tensor, i: int, halves: tuple[int, ...]) -> Tensor:
+        """One pass of the U-Net for these branches."""
+        times, text, added = run.inputs(halves)
+        on = run.on((i,), halves)
+        rows = torch.cat([x.to(prompt.context.dtype)] * len(halves))
+        return unet(rows, times[i], text, added, **({} if on is OFF else {"on": on}))
+
+    if cache is not None and cache.parallel:                           # Faster Diffusion: several calls decoded at once
+        call = cache.ahead
+    if highres is not None:                                            # DemoFusion: windows and parts of the latent
+        call = highres.around(call)
 
     def predict(x: Tensor, i: int) -> Tensor:
-        """The guided prediction at step i, by all passes of the U-Net with the techniques that act there."""
-        out = []
-        for run in passes:
-            techniques = {}                                            # nothing by default
-            if freeu is not None and (now := freeu.at(i / steps)) is not None:
-                techniques["freeu"] = now
-            if run.gate is not None:
-                techniques["gate"] = run.gate
-            if drawn is not None:
-                techniques["masks"] = drawn.of(run.halves)
-            if stage is not None:
-                techniques["freescale"] = stage.at(i)                  # in both halves the same windows
-            if run.features is not None:
-                techniques["cache"] = run.features.at(i)
-            x_in = torch.cat([x.to(context.dtype)] * len(run.halves))
-            if run.features is not None and run.features.parallel:
-                out.append(run.features.decode_ahead(unet, x_in, i, run.shifts, run.text, freeu, run.gate, drawn,
-                                                     stage))
-            else:
-                out.append(unet(x_in, run.shifts[i], run.text, run.added, **techniques))
-        out = torch.cat(out).to(x.dtype)
-        if guided:
-            negative, positive = out.chunk(2)
-            out = negative + cfg_scale * (positive - negative)
-        return out
+        """The guided prediction of call i, arXiv 2207.12598: both branches in one batch, or one after the other."""
+        halves = run.halves(i)
+        out = torch.cat([call(x, i, some) for some in ([(half,) for half in halves] if low_memory else [halves])])
+        if len(halves) == 1:
+            return out.to(x.dtype)
+        without, with_prompt = out.to(x.dtype).chunk(2)
+        base = without if highres is None else highres.base(x, i, without)     # ScaleCrafter: with fewer dilated layers
+        return base + cfg_scale * (with_prompt - without)
 
-    # The noise in x at the start, which is all of it without a picture to start from
-    prior = x if init is None else math.sqrt(1 - p.now[start]) * noise
-    for i in range(start, steps):
-        if i == gate_step:                                             # a key step of any cache
-            dropped = guided and tgate.guidance == "drop"
-            first, last = passes[0], passes[-1]                        # the same where both halves are one batch
-            for run in passes:
-                if run.gate is not None:
-                    run.gate.close(None if first is last else first.gate, average=dropped and run is last)
-            if dropped:                                                # only the prompt's rows go on
-                guided = False
-                passes = [Pass((1,), *prepare(unet, context, p, added), added, last.features, last.gate)]
-        if stage is not None and i > start:                            # at the start x is the noised picture itself
-            x = stage.mix(x, init, noise, p.now[i], p.times[i], schedule.train_steps)
-        if cache is not None:
-            x = passes[0].features.inject(x, prior, p.times[i])
-        if drawn is not None:                                          # a search tries masks on this step's x0
-            drawn.at(i)
-            drawn.search(lambda: x0_and_eps(x, predict(x, i), p.now[i], prediction)[0])  # noqa: B023
+    def clean(x: Tensor, i: int) -> Tensor:
+        return x0_and_eps(x, predict(x, i), plan.now[i], plan.prediction)[0]
+
+    step = plan.solver(plan, lambda: draw_noise(generators, noise))
+    x = noise * plan.start_scale if init is None else add_noise(init, noise, plan.now[run.first])
+    for i in range(run.first, plan.calls):
+        if plan.begins[i]:
+            if freescale is not None:                                  # detail control: drawn to the enlarged picture
+                x = freescale.mix(i, x)
+            if cache is not None:                                      # Faster Diffusion: prior noise injection
+                x = cache.inject(i, x)
+            if masks is not None:                                      # training-free masks, found on this step's x0
+                masks.search(i, x, clean)
         out = predict(x, i)
-        if cache is not None and passes[0].features.parallel:
-            x = passes[0].features.inject(x, prior, p.times[i], late=True)
-        x = step(i, x, *x0_and_eps(x, out, p.now[i], prediction))
+        if cache is not None:                                          # the same injection, in the released order
+            x = cache.inject(i, x, predicted=True)
+        x = step(i, x, *x0_and_eps(x, out, plan.now[i], plan.prediction))
         yield i, x
 
 
-class Pass(NamedTuple):
-    """One call of the U-Net at a step, for one half of guidance or for both in one batch."""
-    halves: tuple[int, ...]                 # 0: the rows of the negative prompt (or without guidance), 1: the prompt's
-    text: "Tensor | PerUnit"
-    shifts: "Tensor | list[PerUnit]"
-    added: Tensor | None
-    features: "Features | None"             # each pass has state of its own
-    gate: "TextGate | None"
-
-
-def check_settings(sampler: str, prediction: str, eta: float, generators: list[torch.Generator] | None,
-                   strength: float) -> None:
-    """ValueError for what `generate` can't do."""
-    if prediction not in ("epsilon", "v"):
-        raise ValueError(f"prediction is 'epsilon' or 'v', not {prediction!r}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be between 0 and 1, not {eta:g}")
-    if eta > 0 and sampler.startswith("dpm"):
-        raise ValueError(f"{sampler} is deterministic: leave eta at 0, or use ddim or euler-a")
-    if eta > 0 and generators is None:
-        raise ValueError(f"{sampler} with eta {eta:g} draws noise at every step: pass generators, one per image")
+def begin(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, negative: Condition | None, plan: Plan,
+          cfg_scale: float, init: Tensor | None, strength: float, generators: list[torch.Generator] | None,
+          techniques: dict[str, Any]) -> Run:
+    """A run with the states of its techniques, before its first call. ValueError for what can't run together."""
+    if plan.eta > 0 and generators is None:
+        raise ValueError(f"{plan.sampler} with eta {plan.eta:g} draws noise at every step: pass generators, one per "
+                         "image")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be between 0 and 1, not {strength:g}")
+    for name in techniques:
+        if name not in Techniques._fields:
+            raise TypeError(f"there is no technique {name!r}; there are {', '.join(Techniques._fields)}")
+    techniques = {name: techniques[name] for name in Techniques._fields if techniques.get(name) is not None}
+    step = 0 if init is None else plan.steps - int(plan.steps * strength)
+    for settings in techniques.values():
+        if hasattr(settings, "first_step"):                            # FreeScale's later stages
+            step = settings.first_step(plan.steps)
+    first, branches = plan.first_call(step), (prompt,) if negative is None or cfg_scale == 1 else (negative, prompt)
+    if first == plan.calls:
+        return Run(unet, plan, first, noise, init, branches, generators, frozenset())
+    turns = [settings.turns(plan, first) for settings in techniques.values() if hasattr(settings, "turns")]
+    run = Run(unet, plan, first, noise, init, branches, generators, frozenset({first}.union(*turns)))
+    for name, settings in techniques.items():
+        run.acting[name] = settings.start(run)
+    return run
 
 
-def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan,
-            added: Tensor | None) -> tuple["Tensor | PerUnit", "Tensor | list[PerUnit]"]:
-    """What doesn't depend on x: the text's keys and values, once a run, and the shifts of all its times at once.
-
-    For a function that is no `UNet`, the context and the times as they are.
-    """
+def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan, added: Tensor | None) -> tuple[Any, Any]:
+    """Shifts of all times, by call, and keys and values of the text; for a function, both as they are."""
     times = torch.tensor(plan.times, device=context.device)
-    if not hasattr(unet, "embed_text"):
-        return context, times
-    return unet.embed_text(context), unet.embed_schedule(times, added)
+    if not hasattr(unet, "units"):
+        return times, context
+    return unet.embed_schedule(times, added), unet.embed_text(context)
 
 
-def invert(unet: Callable[..., Tensor], latents: Tensor, context: Tensor, steps: int = 30, prediction: str = "epsilon",
-           added: Tensor | None = None, spacing: str | None = None, schedule: NoiseSchedule = NoiseSchedule(),
-           ) -> Iterator[tuple[int, Tensor]]:
-    """DDIM backwards: from VAE-scaled latents to the noise from which `generate` (ddim, no guidance) remakes them.
+def invert(unet: Callable[..., Tensor], latents: Tensor, prompt: Condition, plan: Plan) -> Iterator[tuple[int, Tensor]]:
+    """DDIM backwards: from VAE-scaled latents to the noise from which `generate` (no guidance) draws them again.
 
-    Yields (step number of the step undone, latents before it), from the last step to step 0. Exact only in the limit of
-    many steps: the prediction is made at the step's own time but from the latents behind it (arXiv 2105.05233, app. F).
+    plan: of "ddim". Yields (number of the call that is undone, latents before it), from the last call to call 0. Exact
+    only in the limit of many steps: each prediction is made at the time of the call, but from the latents after it
+    (arXiv 2105.05233, app. F).
     """
-    p = plan("ddim", steps, schedule, spacing)
-    text, shifts = prepare(unet, context, p, added)
+    times, text = prepare(unet, prompt.context, plan, prompt.added)
     x = latents
-    for i in reversed(range(steps)):
-        out = unet(x.to(context.dtype), shifts[i], text, added).to(x.dtype)
-        x0, eps = x0_and_eps(x, out, p.after[i], prediction)
-        x = math.sqrt(p.now[i]) * x0 + math.sqrt(1 - p.now[i]) * eps
+    for i in reversed(range(plan.calls)):
+        out = unet(x.to(prompt.context.dtype), times[i], text, prompt.added).to(x.dtype)
+        x0, eps = x0_and_eps(x, out, plan.after[i], plan.prediction)
+        x = add_noise(x0, eps, plan.now[i])
         yield i, x
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: float) -> Tensor:
+    return math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * noise
 
 
 def x0_and_eps(x: Tensor, out: Tensor, alpha: float, prediction: str) -> tuple[Tensor, Tensor]:

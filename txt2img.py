@@ -1,27 +1,24 @@
-"""From a prompt to a picture: `StableDiffusion` (load, encode, sample, decode) and the command line.
+"""The command line: from a prompt to a picture.
 
     python txt2img.py "a red circle left of a blue square"
     python txt2img.py "a photograph of an astronaut riding a horse" --model models/sd15 --steps 30 --seed 1
 
-Start at `StableDiffusion.sample`; the loop it runs is `sampler.generate`. Shapes: B images, H W pixels, h w latent
-pixels, L text tokens, D text width, P width of SDXL's pooled text vector.
+Start at `main`. `TECHNIQUES` is the table of all techniques; their flags, checks, help and metadata are made from their
+dataclasses by `settings.py`. What can be known to be wrong is said before gigabytes are loaded.
 """
 import argparse
-import contextlib
+import json
 import math
 import os
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 try:
@@ -29,297 +26,235 @@ try:
 except ImportError:
     resource = None
 
-from cache import DeepCache, FasterDiffusion, Inherit, TGate
-from clip_text import TextEncoder, Tokenizer
-from flags import (
-    UNREADABLE,
-    check_memory,
-    parameters_texts,
-    parse_arguments,
-    read_baseline,
-    read_image,
-    read_mask_search,
-    read_masks,
-    read_prompts,
-    report,
-    sample_settings,
-)
-from folder import (
-    InputError,
-    ModelConfig,
-    build,
-    check_size,
-    load_tokenizer,
-    load_weights,
-    read_config,
-    replacing,
-    run_command,
-)
-from freescale import FreeScale, enlarge
-from freeu import FreeU
-from maskunet import Masks, MaskSearch
-from sampler import draw_noise, generate
-from unet import UNet, sinusoid
-from vae import VAE, tile_side, together
+from command import HelpFormatter, InputError, check_device, check_flags, check_writable, run_command
 
-KNOWN = 64         # texts of which a command keeps the encoding: 15 MB for SD 1.5 and 40 MB for SDXL in float32
-Prompt = str | list[str] | Tensor | tuple[Tensor, Tensor | None]
+from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
+from folder import TINY, ModelConfig, check_size, read_config
+from freescale import FreeScale
+from freeu import FreeU, ScaleLong, SkipTuning
+from highres import DemoFusion, HiDiffusion, ScaleCrafter
+from maskunet import MaskFile, MaskSearch, RandomMasks
+from pictures import file_digest, psnr, read_image, read_parameters, save_grid, save_png
+from sampler import SAMPLERS, plan
+from settings import Kinds, describe, read, write
+from stable_diffusion import StableDiffusion
+from vae import tile_side
+
+# flag and argument of `StableDiffusion.sample`: (name in a picture's metadata, kinds, what --help says)
+TECHNIQUES: dict[str, tuple[str, Kinds, str]] = {
+    "freeu": ("FreeU", {"": FreeU}, "more of the backbone, less of the skips; alone: the published factors"),
+    "skips": ("Skips", {"tuning": SkipTuning, "scalelong": ScaleLong}, "factors on skips: tuning,0.9 or scalelong,0.8"),
+    "cache": ("Cache", {"deepcache": DeepCache, "faster": FasterDiffusion, "inherit": Inherit},
+              "run a part of the U-Net at most steps: deepcache,3 or faster,keys=5 or inherit,mid:u0-u2"),
+    "tgate": ("T-GATE", {"": TGate}, "the text acts in the first steps alone: 10 or 10,guidance=keep"),
+    "masks": ("Masks", {"": MaskFile, "random": RandomMasks, "search": MaskSearch},
+              "MaskUNet: masks.safetensors, or random,0.05 or search,clip"),
+    "freescale": ("FreeScale", {"": FreeScale}, "pictures beyond the model's size: 2 or 512x512:1024x1024"),
+    "highres": ("Highres", {"scalecrafter": ScaleCrafter, "hidiffusion": HiDiffusion, "demofusion": DemoFusion},
+                "other ways to -W, -H beyond the model's size: scalecrafter, hidiffusion or demofusion"),
+}
+SAVING = ("cache", "tgate")                      # what --compare leaves out of the picture that it compares with
+OLD_FLAGS = {                                    # how flags of the last release are written now
+    "--freeu-": "--freeu 1.3,1.4,0.9,0.2,name=value", "--skip-tuning": "--skips tuning,BOTTOM,TOP",
+    "--scale-long": "--skips scalelong,KAPPA", "--cache-": "--cache KIND,name=value",
+    "--tgate-": "--tgate STEP,name=value", "--mask-random": "--masks random,RATIO",
+    "--mask-reward": "--masks search,REWARD", "--mask-": "--masks FILE,name=value",
+    "--resolutions": "--freescale 512x512:1024x1024", "--detail": "--freescale 2,detail=ALPHA",
+    "--freescale-official": "--freescale 4,blur=official beside other flags, listed in the README",
+    "--freescale-": "--freescale 2,name=value", "--baseline": "--highres KIND"}
 
 
-class StableDiffusion:
-    """A model folder in memory: tokenizer, text encoders, U-Net and VAE. Make one with `StableDiffusion.load`."""
+# -------------------------------------------------------------------------------------------------------------- flags
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text_encoders: list[TextEncoder],
-                 unet: UNet, vae: VAE, low_memory: bool = False):
-        self.config, self.tokenizer, self.text_encoders = config, tokenizer, text_encoders
-        self.unet, self.vae, self.low_memory = unet, vae, low_memory
-        self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
+                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("prompt", nargs="?", help="what the picture should show")
+    parser.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt per line, instead of PROMPT")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", default=TINY, help="written by convert_weights.py")
+    parser.add_argument("--out", type=Path, metavar="PATH",
+                        help="a .png, or a folder for 00000_SEED.png, ... (default: out.png; out with --from-file)")
+    parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; picture k has seed + k")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps per picture")
+    parser.add_argument("--sampler", metavar="NAME", default="ddim", help=", ".join(SAMPLERS))
+    parser.add_argument("--spacing", metavar="RULE", help="of the times: leading, linspace or trailing (default: the "
+                        "model's)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise added at every step: 0 none, 1 as in DDPM")
+    parser.add_argument("--cfg-scale", type=float, metavar="SCALE", default=7.5,
+                        help="guidance; 1: none, 0: the negative prompt alone")
+    parser.add_argument("--width", "-W", type=int, metavar="PIXELS", help="(default: the model's own)")
+    parser.add_argument("--height", "-H", type=int, metavar="PIXELS", help="(default: the model's own)")
+    parser.add_argument("--init-image", type=Path, metavar="FILE", help="start from this picture")
+    parser.add_argument("--strength", type=float, help="how much of --init-image is redrawn, 0 to 1 (default: 0.8)")
+    parser.add_argument("--grid", action="store_true", help="also write all pictures as one sheet")
+    parser.add_argument("--batch-size", type=int, metavar="N", default=1, help="pictures at a time")
+    parser.add_argument("--vae-tile", type=int, metavar="SIDE", help="of VAE tiles in latent pixels, 0: none (default: "
+                        "by size)")
+    parser.add_argument("--low-memory", action="store_true", help="less memory on the device, slower")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: minutes at first")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, float32 elsewhere)")
+    group = parser.add_argument_group("techniques, with their settings: values in order, then name=value")
+    for name, (_, kinds, said) in TECHNIQUES.items():
+        group.add_argument(f"--{name}", metavar="SETTINGS", type=reader(kinds), help=said,
+                           nargs="?" if name == "freeu" else None, const=FreeU())
+    group.add_argument("--compare", action="store_true", help="also draw each picture without cache and T-GATE, for a "
+                       "sheet of both and the speed-up")
+    group.add_argument("--help-technique", choices=TECHNIQUES, metavar="NAME", action=HelpTechnique,
+                       help=f"show all settings of {', '.join(TECHNIQUES)}")
+    args, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        for old, new in OLD_FLAGS.items():
+            if flag.startswith(old):
+                raise InputError(f"{flag.partition('=')[0]} is now written {new}: see --help-technique "
+                                 f"{new.split()[0].removeprefix('--')}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return check_arguments(args)
 
-    @staticmethod
-    def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             low_memory: bool = False, compiled: bool = False) -> "StableDiffusion":
-        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
 
-        low_memory: only the U-Net stays on the device, text encoders and VAE come when they are needed; and the halves
-            of guidance run one after the other. The same pictures, with less memory and somewhat slower.
-        compiled: torch.compile makes one graph of the U-Net, at its first call and again for every other size, batch
-            or set of techniques: minutes for a large model, so for many pictures of one kind. Parallel Faster Diffusion
-            has a graph of the encoder, and one of the decoder for each number of steps in a batch.
-        """
-        folder = Path(folder)
-        config = read_config(folder)
-        tokenizer = load_tokenizer(folder / "tokenizer.json", config.text_encoder.vocab)
-        unet, vae = build(UNet, config.unet), build(VAE, config.vae)
-        texts = [build(TextEncoder, c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
-        load_weights(unet, folder / "unet.safetensors", device, dtype)
-        # SDXL's VAE overflows float16: it stays in float32 there
-        guard = config.vae.force_upcast and dtype == torch.float16
-        home = "cpu" if low_memory else device
-        load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
-        for name, text in zip(("text_encoder", "text_encoder_2"), texts):
-            load_weights(text, folder / f"{name}.safetensors", home, dtype)
-        if compiled:
-            # a CPU's layouts are those of the plain model: the compiler's own, or frozen weights, gain nothing there
-            kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None
-            # behind the limit, PyTorch runs without graphs; its own, 8, is less than a few caches and batches need
-            unet.compile(dynamic=False, options=kept, recompile_limit=64)
-        return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-    @contextlib.contextmanager
-    def on_device(self, module: nn.Module) -> Iterator[None]:
-        """The module beside the U-Net for as long as it is needed; with low_memory it waits in main memory else."""
-        module.to(self.device)
+
+class HelpTechnique(argparse.Action):
+    """--help-technique NAME: prints the settings of one technique, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        for kind, settings in TECHNIQUES[rest[1]][1].items():
+            print(describe(kind, settings))
+        parser.exit()
+
+
+def reader(kinds: Kinds) -> Any:
+    """What argparse makes of a technique's text."""
+    def read_settings(text: str) -> Any:
         try:
-            yield
-        finally:
-            if self.low_memory:
-                module.to("cpu")
-
-    @torch.no_grad()
-    def encode_prompt(self, prompts: str | list[str],
-                      known: dict[str, tuple[Tensor, Tensor | None]] | None = None) -> tuple[Tensor, Tensor | None]:
-        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that are lost.
-
-        known: what earlier calls with it encoded, the last KNOWN texts; the caller's, so that it ends with his weights.
-        """
-        known = {} if known is None else known
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError(f"a prompt is a text or a list of texts, not {prompts!r}")
-        new, hidden, pooled, lost = [text for text in dict.fromkeys(prompts) if text not in known], [], None, []
-        for text in self.text_encoders if new else []:
-            ids, lost = self.tokenizer(new, text.config.length, text.config.pad)
-            with self.on_device(text):
-                h, pooled = text(ids.to(self.device))                  # SDXL's pooled vector is the second encoder's
-            hidden.append(h)
-        for k, (prompt, words) in enumerate(zip(new, lost)):
-            known[prompt] = torch.cat([h[k] for h in hidden], dim=-1), None if pooled is None else pooled[k]
-            if words:
-                warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}", stacklevel=2)
-        contexts, pools = zip(*(known[prompt] for prompt in prompts))
-        while len(known) > KNOWN:
-            del known[next(iter(known))]                               # the oldest
-        return torch.stack(contexts), None if pools[0] is None else torch.stack(pools)
-
-    def size_conditioning(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        """SDXL's added condition (B, add_dim): the pooled text (B, P), then a wave for each of six sizes (B, 6).
-
-        time_ids: original height and width, top and left of the crop, target height and width, in pixels.
-        """
-        waves = sinusoid(time_ids.flatten(), self.config.unet.add_time_dim).reshape(len(time_ids), -1)
-        return torch.cat([pooled, waves.to(pooled)], dim=-1)
-
-    def conditions(self, prompt: Prompt | None, batch: int | None, height: int, width: int,
-                   known: dict[str, tuple[Tensor, Tensor | None]] | None = None) -> tuple[Tensor, Tensor | None]:
-        """What the U-Net is told: context (B, L, D), and for SDXL the added condition (B, add_dim)."""
-        if prompt is None and self.config.zero_negative:               # SDXL without a negative prompt: zeros, not ""
-            context, pooled = (torch.zeros_like(x) for x in self.encode_prompt([""], known))
-        elif isinstance(prompt, Tensor):
-            context, pooled = prompt, None
-        elif isinstance(prompt, tuple):
-            context, pooled = prompt
-        else:
-            context, pooled = self.encode_prompt("" if prompt is None else prompt, known)
-        if batch is not None and len(context) == 1:
-            context, pooled = context.expand(batch, -1, -1), None if pooled is None else pooled.expand(batch, -1)
-        if batch is not None and len(context) != batch:
-            raise InputError(f"there are {len(context)} negative prompts for {batch} prompts; give one, or as many")
-        if not self.config.unet.add_dim:
-            return context.to(self.device, self.dtype), None
-        if pooled is None:
-            raise InputError("this model needs the pooled text too: pass (context, pooled) instead of context alone")
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(len(context), -1)
-        return context.to(self.device, self.dtype), self.size_conditioning(pooled, time_ids).to(self.device, self.dtype)
-
-    @torch.no_grad()
-    def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
-               cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
-               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *, freeu: FreeU | None = None,
-               cache: DeepCache | FasterDiffusion | Inherit | None = None, tgate: TGate | None = None,
-               freescale: FreeScale | None = None, masks: Masks | MaskSearch | None = None,
-               init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
-               model: Callable[..., Tensor] | None = None,
-               known: dict[str, tuple[Tensor, Tensor | None]] | None = None,
-               callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
-
-        prompt: one text or a list of B; or embeddings: context (B, L, D), for SDXL with the pooled vector (B, P).
-        negative_prompt: likewise, one for all or B. None: what the model's authors do without one ("", SDXL: zeros).
-        seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
-        height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
-        noise: (B, 4, h, w), unit variance, to start from. The seeds then draw later noise alone, beginning with their
-            first numbers as in diffusers: with eta, "euler-a" and FreeScale, noise must be of other seeds.
-        init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
-        freescale: the stages of a large picture, see `freescale.py`. Height and width, if given, are the last stage's,
-            noise is the first one's; init takes the place of the first one's result, and strength doesn't matter.
-        tile: of the VAE between FreeScale's stages, as in `decode`.
-        model: a function in the U-Net's place, such as `highres_baselines.py` makes; not with cache, T-GATE and masks,
-            and with freescale only one that takes that argument, as DemoFusion's does.
-        known: encodings of texts to go on using, see `encode_prompt`.
-        callback(step, latents) is called after each step; in FreeScale's stage k, steps count from k * steps. Other
-            arguments: see `sampler.generate`.
-        """
-        if model is not None and (cache is not None or tgate is not None or masks is not None):
-            raise InputError("caches, T-GATE and masks need the U-Net itself: leave them out, or model")
-        if freescale is not None:
-            freescale, (height, width) = self.fit(freescale, height, width, init), freescale.resolutions[0]
-        factor, native = self.config.vae.factor, self.config.size
-        for given in (init, noise):
-            if given is not None:
-                height = given.shape[-2] * factor if height is None else height
-                width = given.shape[-1] * factor if width is None else width
-        height, width = check_size(native if height is None else height, native if width is None else width)
-        context, added = self.conditions(prompt, None, height, width, known)
-        negative, negative_added = None, None
-        if cfg_scale != 1:
-            negative, negative_added = self.conditions(negative_prompt, len(context), height, width, known)
-
-        seeds = [seed + k for k in range(len(context))] if isinstance(seed, Integral) else list(seed)
-        if len(seeds) != len(context):
-            raise InputError(f"there are {len(seeds)} seeds for {len(context)} prompts; give one, or as many")
-        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        if noise is None:
-            like = torch.empty(1, self.config.unet.in_channels, height // factor, width // factor, device=self.device)
-            noise = draw_noise(generators, like)
-        shape = (len(context), self.config.unet.in_channels, height // factor, width // factor)
-        if tuple(noise.shape) != shape:
-            raise InputError(f"noise has shape {tuple(noise.shape)}, but {shape} is needed")
-        if init is not None and tuple(init.shape) not in (shape, (1, *shape[1:])):
-            raise InputError(f"init has shape {tuple(init.shape)}, but {shape} is needed")
-        init = None if init is None else init.to(self.device)
-
-        def run(noise: Tensor, init: Tensor | None, stage: int, freescale: FreeScale | None) -> Tensor:
-            latents = noise
-            for i, latents in generate(
-                    model or self.unet, noise.to(self.device), context, negative, steps, sampler, cfg_scale,
-                    self.config.prediction, added, negative_added, spacing, eta, generators, freeu=freeu, cache=cache,
-                    tgate=tgate, freescale=freescale, masks=masks, schedule=self.config.schedule, init=init,
-                    strength=strength, low_memory=self.low_memory):
-                if callback is not None:
-                    callback(stage * steps + i, latents)
-            if not latents.isfinite().all():
-                raise InputError(not_finite("latents", self.dtype))
-            return latents
-
-        if freescale is None:
-            return run(noise, init, 0, None)
-        latents = run(noise, None, 0, None) if init is None else init.expand(shape).float()
-        for stage, size in enumerate(freescale.resolutions[1:], start=1):
-            like = latents.new_empty(1, shape[1], *(side // factor for side in size))
-            unit = draw_noise(generators, like) if freescale.upsample == "rgb" else None
-            with self.on_device(self.vae):
-                latents = enlarge(latents, size, freescale.upsample, self.vae, unit, tile_side(tile, like))
-            latents = run(draw_noise(generators, like), latents, stage, freescale)
-        return latents
-
-    def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
-        """The settings with the model's native size; InputError for stages that aren't what is asked for."""
-        last = freescale.resolutions[-1]
-        if (height or last[0], width or last[1]) != last:
-            raise InputError(f"FreeScale ends with {last[1]}x{last[0]}, so leave height and width at None")
-        if len(freescale.resolutions) == 1 and init is not None:
-            raise InputError("init takes the place of FreeScale's first stage: give a second, larger resolution")
-        if freescale.native is None:
-            freescale = replace(freescale, native=self.config.size // self.config.vae.factor)
-        return freescale
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """VAE-scaled latents (B, 4, h, w) to images (B, 3, H, W) in [0, 1], float32; large ones one at a time.
-
-        tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
-        """
-        z = latents.to(self.device) / self.config.vae.scaling
-        with self.on_device(self.vae):
-            images = torch.cat([self.vae.decode(part, tile_side(tile, z)).float() for part in together(z)])
-        if not images.isfinite().all():
-            raise InputError(not_finite("decoded image", self.vae.post_quant_conv.weight.dtype))
-        return (images / 2 + 0.5).clamp(0, 1)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
-        x, factor = images.to(self.device) * 2 - 1, self.config.vae.factor
-        with self.on_device(self.vae):
-            mean, _ = self.vae.encode(x, tile_side(tile, x[:, :, ::factor, ::factor]))
-        return mean.float() * self.config.vae.scaling
+            return read(text, kinds)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return read_settings
 
 
-def not_finite(what: str, dtype: torch.dtype) -> str:
-    """The message for NaN and infinity, with what helps."""
-    remedy = ("use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --cfg-scale or the techniques' "
-              "factors; if that doesn't help, the weights are damaged: convert them again")
-    return f"the {what} are not finite (NaN) in {dtype}: {remedy}"
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
+    if args.compare and all(getattr(args, name) is None for name in SAVING):
+        raise InputError("--compare needs something to compare: add --cache or --tgate")
+    if args.highres is not None and args.freescale is not None:
+        raise InputError("--highres and --freescale are two ways to large pictures; give one of them")
+    if args.strength is not None and args.init_image is None:
+        raise InputError("--strength does nothing without --init-image")
+    if args.strength is not None and args.freescale is not None:
+        raise InputError("--strength is for a picture of the same size; FreeScale's stages take restart instead")
+    args.strength = 0.8 if args.strength is None else args.strength
+    sizes = getattr(args.freescale, "resolutions", None)
+    if isinstance(sizes, tuple):
+        if (args.width, args.height) != (None, None):
+            raise InputError("--freescale gives all sizes: leave out --width and --height")
+        if args.init_image and len(sizes) == 1:
+            raise InputError("--init-image takes the place of FreeScale's first stage: give a second, larger one")
+        args.height, args.width = sizes[0]
+    try:
+        plan(args.sampler, args.steps, spacing=args.spacing, eta=args.eta)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    check_flags(("--n", args.n >= 1, "1 or more"), ("--batch-size", args.batch_size >= 1, "1 or more"),
+                ("--strength", 0 <= args.strength <= 1, "between 0 and 1"),
+                ("--seed", 0 <= args.seed < 2 ** 63, "0 or more"),
+                ("--cfg-scale", math.isfinite(args.cfg_scale), "a finite number"),
+                ("--vae-tile", args.vae_tile in (None, 0) or args.vae_tile >= 8, "0, or 8 or more"))
+    check_size(8 if args.height is None else args.height, 8 if args.width is None else args.width)
+    for name, text in (("the prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{name} has bytes that are no UTF-8 text: {text!r}") from None
+    if (args.prompt is None) == (args.from_file is None):
+        raise InputError("give a prompt, or a file of prompts with --from-file (and not both)")
+    args.out = args.out or Path("out" if args.from_file else "out.png")
+    args.one_file = args.out.suffix.lower() == ".png" and not args.out.is_dir()
+    if args.out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise InputError(f"only PNG files are written: --out can't be {args.out}")
+    if args.from_file and args.one_file:
+        raise InputError(f"--from-file writes many pictures: --out must be a folder, not {args.out}")
+    if args.grid and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--grid needs all pictures in one process: run again without torchrun, finished ones are kept")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = check_device(args.device).type
+    args.dtype = DTYPES[args.dtype or ("float32" if kind == "cpu" else "float16")]
+    return args
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts in order, each as often as --n says."""
+    prompts = [args.prompt]
+    if args.from_file:
+        try:
+            lines = args.from_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"can't read the prompts in {args.from_file} ({error}); it must be a text file") from None
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise InputError(f"{args.from_file} has no prompts; write one on each line")
+    return [prompt for prompt in prompts for _ in range(args.n)]
+
+
+def bind_techniques(args: argparse.Namespace, config: ModelConfig, height: int, width: int) -> dict[str, Any]:
+    """The techniques that the flags ask for, with all that the model's config says; InputError where they don't fit it.
+
+    height, width: the picture's without FreeScale, and of FreeScale's first stage.
+    """
+    techniques = {name: getattr(args, name) for name in TECHNIQUES if getattr(args, name) is not None}
+    native, unloaded = config.size // config.vae.factor, SimpleNamespace(config=config)
+    try:
+        for name, settings in techniques.items():
+            if name in ("freeu", "highres"):
+                techniques[name] = settings.bind(unloaded)
+            if hasattr(settings, "check"):
+                settings.check(config.unet, args.steps)
+        if args.freescale is not None:
+            techniques["freescale"] = args.freescale.fit(native, height, width)
+            check_size(*techniques["freescale"].resolutions[-1])
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if args.highres is not None and max(height, width) <= config.size:
+        raise InputError(f"--highres is for pictures larger than the model's own {config.size} pixels: give --width "
+                         "and --height")
+    return techniques
+
+
+def check_memory(args: argparse.Namespace, config: ModelConfig, techniques: dict[str, Any], images: int,
+                 device: torch.device) -> None:
+    """InputError for a last stage that the device's free memory can't hold, with the flags that help.
+
+    Only what is sure not to fit is refused. The plan leaves out what a device's libraries take for themselves, masks,
+    what a search keeps for its gradients, and the features that caches and T-GATE reuse.
+    """
+    from memory import free_memory, least_memory, plan_stages  # it reaches into PyTorch: slow to import
+
+    free, freescale = free_memory(device), techniques["freescale"]
+    if free is None:
+        return
+    (height, width), guided = freescale.resolutions[-1], args.cfg_scale != 1
+    needed = least_memory(config, height, width, images, guided, args.dtype, args.low_memory)
+    if needed <= free:
+        if height * width > 2 ** 20:
+            print("planning the memory of the last stage: up to a minute", file=sys.stderr)
+        freeu = {name: techniques[name] for name in ("freeu", "skips") if name in techniques}
+        needed = plan_stages(config, freescale, images, guided, args.dtype, args.low_memory,
+                             lambda latents: tile_side(args.vae_tile, latents), [len(freescale.resolutions) - 1],
+                             **freeu)[0].memory
+    if needed > free:
+        flags = [flag for flag, helps in (
+            ("--low-memory", not args.low_memory), ("--batch-size 1", images > 1),
+            ("--vae-tile 64", args.vae_tile is not None and not 0 < args.vae_tile <= 64),
+            ("--dtype bfloat16", args.dtype == torch.float32), ("a smaller --freescale", True)) if helps]
+        raise InputError(f"the stage {width}x{height} needs about {needed / 1e9:.2g} GB or more, but there are "
+                         f"{free / 1e9:.2g} GB free on {device}: use {' or '.join(flags)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-
-def save_png(image: Tensor, path: Path, parameters: str) -> None:
-    """One image (3, H, W) in [0, 1], with its settings in the text chunk that other tools read ("parameters")."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters)
-    with replacing(path) as part:
-        Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """How alike two images in [0, 1] are, in decibels: 10 log10 of 1 over the mean square of their difference."""
-    return -10 * math.log10(max((a - b).square().mean().item(), 1e-12))
-
-
-def save_grid(paths: list[Path], path: Path) -> None:
-    """Finished pictures of one size as a sheet, as square as their number allows."""
-    pictures = [Image.open(p).convert("RGB") for p in paths]
-    columns, (w, h) = math.ceil(math.sqrt(len(pictures))), pictures[0].size
-    sheet = Image.new("RGB", (columns * w, math.ceil(len(pictures) / columns) * h))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
-    with replacing(path) as part:
-        sheet.save(part, format="PNG")
-
-
-# -------------------------------------------------------------------------------------------------------- command line
 
 def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
     """Where each picture goes: out.png; out_SEED.png for several; 00000_SEED.png, ... in a folder. Makes the folder."""
@@ -334,10 +269,9 @@ def picture_paths(args: argparse.Namespace, count: int) -> list[Path]:
         raise InputError(f"the name {paths[-1].name} is too long; choose a shorter --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):                       # better now than after minutes of work
-            pass
     except OSError as error:
         raise InputError(f"can't write to {folder} ({error.strerror}); choose another --out") from None
+    check_writable(folder)
     return paths
 
 
@@ -349,31 +283,109 @@ def compared(path: Path) -> Path:
 def finished(path: Path, parameters: str) -> bool:
     """Whether an earlier run made this picture, by its text of settings; InputError for another one in its place.
 
-    The text has the name of the model's folder alone, and fingerprints of other files.
+    The text has only the name of the model's folder, and digests of other files.
     """
     if not path.exists():
         return False
-    try:
-        with Image.open(path) as file:
-            made = file.info.get("parameters")
-    except UNREADABLE:
-        made = None
-    if made != parameters:
+    if read_parameters(path) != parameters:
         raise InputError(f"{path} is there already, made with another prompt or other settings; choose another --out")
     return True
 
 
+def parameters_texts(args: argparse.Namespace, prompts: list[str], techniques: dict[str, Any], height: int,
+                     width: int) -> list[str]:
+    """The settings of each picture, in the format that A1111's web UI began and most tools read.
+
+    A technique's entry is the text of its flag; files are written as name and digest.
+    """
+    solver = {"ddim": "DDIM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "heun": "Heun"}
+    pairs = {"Steps": args.steps, "Sampler": solver[args.sampler.removesuffix("-karras")],
+             "Schedule type": "Karras" if args.sampler.endswith("-karras") else "Automatic",
+             "CFG scale": f"{args.cfg_scale:g}", "Seed": args.seed, "Size": f"{width}x{height}",
+             "Model": args.model.name}
+    for name, value, default in (("Spacing", args.spacing, None), ("Eta", args.eta, 0.0),
+                                 ("Precision", str(args.dtype).removeprefix("torch."), "float32"),
+                                 ("VAE tile", args.vae_tile, None)):
+        if value != default:
+            pairs[name] = value
+    if args.init_image:
+        pairs["Init image"] = file_digest(args.init_image)
+    if args.init_image and args.freescale is None:
+        pairs["Denoising strength"] = f"{args.strength:g}"
+    for name, settings in techniques.items():
+        title, kinds, _ = TECHNIQUES[name]
+        kind = next(kind for kind, settings_type in kinds.items() if type(settings) is settings_type)
+        pairs[title] = write(settings, kind, file_digest)
+    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt is not None else ""
+    texts = {name: str(value) for name, value in {**pairs, "RNG": "CPU"}.items()}
+    quoted = {name: json.dumps(text) if any(c in text for c in ",:\n") else text for name, text in texts.items()}
+    return [f"{prompt}{negative}\n" + ", ".join(f"{name}: {text}" for name, text in {
+        **quoted, "Seed": args.seed + k}.items()) for k, prompt in enumerate(prompts)]
+
+
+def report(sd: StableDiffusion, args: argparse.Namespace, techniques: dict[str, Any],
+           sizes: list[tuple[int, int, int]]) -> None:
+    """Prints how much of the U-Net runs with a cache and T-GATE, and warns of unusual settings.
+
+    sizes: of every stage height, width, and the first step.
+    """
+    saving, steps = {name: techniques[name] for name in SAVING if name in techniques}, args.steps
+    if not saving:
+        return
+    from memory import run_macs, shape_run  # it reaches into PyTorch: slow to import
+
+    units, ran, whole = [], 0, 0
+    for height, width, first in sizes:
+        shape, guided = (height // sd.config.vae.factor, width // sd.config.vae.factor), args.cfg_scale != 1
+        cache = shape_run(sd.unet, *shape, steps, first, guided, **saving).acting.get("cache")
+        if cache is not None:
+            every = 2 * sd.unet.middle + 1
+            units.append((sum(len(cache.units(i)) for i in range(first, steps)), every * (steps - first)))
+            for note in notes([key for key in sorted(cache.keys) if first <= key < steps], steps):
+                warnings.warn(note, stacklevel=2)
+        tokens = sd.config.text_encoder.length
+        ran += run_macs(sd.unet, *shape, steps, first, guided, tokens, **saving)
+        whole += run_macs(sd.unet, *shape, steps, first, guided, tokens)
+    told = ["{} of {} units".format(*map(sum, zip(*units)))] if units else []
+    if whole and args.freescale is None:                               # FreeScale's attention is not in the count
+        told.append(f"{ran / 1e9:.4g} of {whole / 1e9:.4g} billion multiply-adds")
+    if told:
+        fewer = f", {whole / ran:.2f} times fewer" if args.freescale is None else ""
+        names = " and ".join(TECHNIQUES[name][0] for name in saving)
+        print(f"{names}: {' and '.join(told)} of the U-Net run per picture{fewer}", file=sys.stderr)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes: of the GPU's memory by tensors, or of main memory by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:                           # not getrusage's maximum, which includes the starting process
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024 / 1e9
+    if resource is None:                                               # Windows keeps no such record
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
 def main() -> None:
     warnings.showwarning = lambda message, *_: tqdm.write(f"note: {message}", file=sys.stderr)
     args = parse_arguments()
-    prompts = read_prompts(args)
-    init_image = read_image(args) if args.init_image else None
-    config = read_config(args.model)
-    settings = sample_settings(args, config, None if init_image is None else init_image.shape[-2:])
-    freescale = settings["freescale"]
-    stages = 1 if freescale is None else len(freescale.resolutions)
+    prompts, config = read_prompts(args), read_config(args.model)
+    init_image = None if args.init_image is None else read_image(args.init_image, args.height, args.width)
+    height, width = ((args.height or config.size, args.width or config.size) if init_image is None else
+                     init_image.shape[-2:])
+    techniques = bind_techniques(args, config, height, width)
+    freescale, first = techniques.get("freescale"), args.steps - int(args.steps * args.strength)
+    sizes = [(height, width, 0 if init_image is None else first)]
+    if freescale is not None:
+        later = freescale.first_step(args.steps)
+        sizes = [(*size, later if k else 0) for k, size in enumerate(freescale.resolutions)][init_image is not None:]
     paths = picture_paths(args, len(prompts))
-    parameters = parameters_texts(args, prompts, settings["height"], settings["width"])
+    parameters = parameters_texts(args, prompts, techniques, *sizes[-1][:2])
 
     # Under torchrun each process takes every world-th picture; nothing is exchanged: a picture depends on its seed only
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -382,40 +394,60 @@ def main() -> None:
             or args.compare and not compared(paths[k]).exists()]
     if todo:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and args.device == "cuda" else args.device
-        search = read_mask_search(args, device)                        # its rewards take memory that a stage can't
-        if freescale is not None and args.baseline is None:
-            check_memory(args, config, freescale, settings["freeu"], min(args.batch_size, len(todo)),
-                         torch.device(device))
+        if freescale is not None:
+            check_memory(args, config, techniques, min(args.batch_size, len(todo)), torch.device(device))
         sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile)
-        settings["masks"] = read_masks(args, sd.unet)
-        report(args, sd, settings, init_image is not None)
-        init = None if init_image is None else sd.encode(init_image, args.vae_tile)
-        known = {}                                                     # each text is encoded once for all batches
+        sd.tile, sd.known = args.vae_tile, {}
+        try:
+            techniques = {name: settings.bind(sd) if hasattr(settings, "bind") else settings
+                          for name, settings in techniques.items()}
+            report(sd, args, techniques, sizes)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        draw_pictures(sd, args, techniques, prompts, paths, parameters, todo, init_image,
+                      len(sizes) if rank == 0 else 0)
+    if len(todo) < len(mine):
+        print(f"{len(mine) - len(todo)} pictures were there already in {args.out}")
+    if args.grid:
+        sheet = args.out.with_stem(f"{args.out.stem}_grid") if args.one_file else args.out / "grid.png"
+        save_grid(paths, sheet)
+        print(sheet)
 
-    def draw(batch: list[int], **changes) -> tuple[Tensor, float]:
-        """Pictures of these numbers as latents, with changed settings, and the seconds that sampling took."""
-        changes = {"model": read_baseline(args, sd, args.seed + batch[0]), **changes}
-        if search is not None:
-            changes = {"masks": search(sd.vae, [prompts[k] for k in batch]), **changes}
-        with tqdm(total=stages * changes.get("steps", args.steps), desc=f"picture {batch[-1] + 1} of {len(prompts)}",
-                  unit="step", leave=False, disable=rank > 0) as bar:
+
+def draw_pictures(sd: StableDiffusion, args: argparse.Namespace, techniques: dict[str, Any], prompts: list[str],
+                  paths: list[Path], parameters: list[str], todo: list[int], init_image: Tensor | None,
+                  stages: int) -> None:
+    """Draws and writes the pictures with these numbers. stages: for the progress bar; 0: no bar."""
+    init = None if init_image is None else sd.encode(init_image)
+    size = {} if args.freescale is not None and init is None and isinstance(args.freescale.resolutions, tuple) else {
+        "height": args.height, "width": args.width}
+    plain_techniques = {name: settings for name, settings in techniques.items() if name not in SAVING}
+
+    def draw(batch: list[int], steps: int = args.steps, techniques: dict = techniques) -> tuple[Tensor, float]:
+        """The latents of these pictures, and the seconds that sampling took."""
+        with tqdm(total=stages * steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
+                  disable=not stages) as bar:
             started = time.perf_counter()
-            latents = sd.sample(
-                [prompts[k] for k in batch], seed=[args.seed + k for k in batch], init=init, known=known,
-                callback=lambda i, _: bar.update(i + 1 - bar.n), **settings | changes)
+            try:
+                latents = sd.sample(
+                    [prompts[k] for k in batch], args.negative_prompt, steps, args.sampler, args.cfg_scale,
+                    [args.seed + k for k in batch], eta=args.eta, spacing=args.spacing, init=init,
+                    strength=args.strength, callback=lambda i, _: bar.update(i + 1 - bar.n), **size, **techniques)
+            except ValueError as error:                                # techniques that don't go together
+                raise InputError(str(error)) from None
             return latents, time.perf_counter() - started              # `sample` has looked at the result: it is there
 
     for start in range(0, len(todo), args.batch_size):
         batch, plain, started = todo[start:start + args.batch_size], None, time.time()
         if args.compare:
             if start == 0 or args.compile and len(batch) < args.batch_size:
-                draw(batch, steps=1, cache=None, tgate=None)           # the first pass of a process is a slow one
+                draw(batch, steps=1, techniques=plain_techniques)      # the first pass of a process is a slow one
                 if args.compile:
                     draw(batch)                                        # makes the graphs of every kind of step
-            plain, seconds_plain = draw(batch, cache=None, tgate=None)
-            plain = sd.decode(plain, args.vae_tile)
+            plain, seconds_plain = draw(batch, techniques=plain_techniques)
+            plain = sd.decode(plain)
         latents, seconds_sampling = draw(batch)
-        images = sd.decode(latents, args.vae_tile)
+        images = sd.decode(latents)
         seconds = (time.time() - started) / len(batch)
         for i, (k, image) in enumerate(zip(batch, images)):
             save_png(image, paths[k], parameters[k])
@@ -428,26 +460,6 @@ def main() -> None:
         if plain is not None:
             print(f"sampling {seconds_sampling:.2f} s, {seconds_plain:.2f} s without cache and T-GATE: "
                   f"{seconds_plain / seconds_sampling:.2f} times as fast", flush=True)
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} pictures were there already in {args.out}")
-    if args.grid:
-        sheet = args.out.with_stem(f"{args.out.stem}_grid") if args.one_file else args.out / "grid.png"
-        save_grid(paths, sheet)
-        print(sheet)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Gigabytes: of the GPU's memory by tensors, or of main memory by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    for line in lines:                           # not getrusage's maximum: that starts with the starting process's own
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e9
-    if resource is None:                                               # Windows keeps no such record
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":

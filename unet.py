@@ -1,26 +1,23 @@
 """The U-Net of Stable Diffusion 1.x, 2.x, SDXL and the tiny model: one class, plain PyTorch.
 
-Start at `UNet.forward` and the two halves it is made of, `encode` and `decode`: they call every layer themselves. The
-network is one flat list of units: conv_in, the down units (11 in SD 1.x), the middle, the up units (12 in SD 1.x). The
-output of conv_in and of each down unit is kept as a skip, and an up unit takes the last skip not yet taken.
+Start at `UNet.forward` and its two halves, `encode` and `decode`: they call every layer themselves. The network is one
+flat list of units, 25 of them in SD 1.x:
+
+    number    0        1  ...  11      12     13 ... 24
+    unit      conv_in  d1 ... d11      mid    u0 ... u11        up unit i takes the output of unit 11 - i as its skip
+
+Techniques act on visible lines: `on.freeu`, `on.cache` and so on, see `Techniques`. All of them are off by default.
 Shapes: B batch, C channels, H W latent pixels at a unit's resolution, N = H * W tokens, L text tokens, D text width.
 Source: "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752; SDXL, arXiv 2307.01952.
 Checked against diffusers 0.42.1 (UNet2DConditionModel). Parameter names are those of the published checkpoints.
 """
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:                      # techniques are arguments: this file works without theirs
-    from cache import Features, TextGate
-    from freescale import Scale
-    from freeu import FreeU
-    from maskunet import MaskRun
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,62 @@ CONFIGS = {
 }
 
 
+# ------------------------------------------------------------------------------------------- where techniques act
+
+class Techniques(NamedTuple):
+    """What acts in one pass beside the weights. Each field is one place in the passes below; None: nothing acts there.
+
+    A field has the name of the flag of txt2img.py and of the argument of `StableDiffusion.sample` that fill it. Any
+    object with the methods that its place calls can stand there: nothing is registered, no module is changed.
+    """
+    freescale: "Scale | None" = None        # dilated convolutions, windows in self-attention               freescale.py
+    highres: "Scale | None" = None          # the same places, and the size of the maps in between          highres.py
+    cache: "Cache | None" = None            # which units run, and what stands in for the others            cache.py
+    freeu: "Meeting | None" = None          # factors on the backbone and on the skip where they meet       freeu.py
+    skips: "Meeting | None" = None          # a factor per skip: Skip-Tuning, ScaleLong                     freeu.py
+    tgate: "Gate | None" = None             # whether the text is attended to, or the last result reused    cache.py
+    attend: "Editor | None" = None          # what stands in for one attention: who looks at what
+    masks: "Weights | None" = None          # the weight of a linear layer in this pass                     maskunet.py
+
+
+OFF = Techniques()
+
+
+class Scale(Protocol):
+    """unit: the number of a unit in the flat list. grid: the (H, W) that the N = H * W tokens of x come from."""
+    def convolve(self, conv: nn.Conv2d, x: Tensor, unit: int) -> Tensor: ...
+    def __call__(self, attention: "Attention", x: Tensor, grid: tuple[int, int], on: Techniques) -> Tensor: ...
+    def resize(self, unit: int, h: Tensor, skip: Tensor | None = None) -> Tensor: ...        # highres alone
+
+
+class Cache(Protocol):
+    def runs(self, unit: int) -> bool: ...
+    def output(self, unit: int, h: Tensor | None) -> Tensor | None: ...
+
+
+class Meeting(Protocol):
+    """layer: the number of the up unit, 0 for the deepest."""
+    def __call__(self, h: Tensor, skip: Tensor, layer: int, config: UNetConfig) -> tuple[Tensor, Tensor]: ...
+
+
+class Gate(Protocol):
+    open: bool
+    def output(self, block: nn.Module, h: Tensor) -> Tensor: ...
+
+
+class Editor(Protocol):
+    """q (B, heads, N, C / heads), k and v (B, heads, L, C / heads) -> (B, heads, N, C / heads); None: as usual."""
+    def __call__(self, attention: "Attention", q: Tensor, k: Tensor, v: Tensor) -> Tensor | None: ...
+
+
+class Weights(Protocol):
+    """of: a layer's weight (C_out, C_in), or one per row of the batch (B, C_out, C_in)."""
+    def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None: ...
+    def of(self, layer: nn.Linear) -> Tensor: ...
+
+
+# ----------------------------------------------------------------------------------------------------------- layers
+
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """Numbers (B,) as waves (B, dim): cosines, then sines, wavelengths from 2 pi to 20,000 pi. Always float32."""
     half = dim // 2
@@ -72,15 +125,17 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, dilation: tuple[int, int] | None) -> Tensor:
-    """A 3x3 convolution, its taps (down, along) so many pixels apart; None: one. The size of the result is the same."""
-    if dilation is None:
-        return conv(x)
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=dilation, dilation=dilation)
+def convolve(conv: nn.Conv2d, x: Tensor, unit: int, on: Techniques) -> Tensor:
+    """A 3x3 convolution of a unit, as it is or as large pictures need it. (B, C_in, H, W) -> (B, C_out, H, W)"""
+    if on.freescale is not None:                                       # FreeScale: dilated in the deep encoder
+        return on.freescale.convolve(conv, x, unit)
+    if on.highres is not None:                                         # ScaleCrafter: dilated; HiDiffusion: sparse
+        return on.highres.convolve(conv, x, unit)
+    return conv(x)
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the time enters as one number a channel in between.
+    """Two 3x3 convolutions and a shortcut; in between, the time adds one number to each channel.
 
     (B, C_in, H, W), shift (B or 1, C_out) -> (B, C_out, H, W). The shift comes from `UNet.embed_time`.
     """
@@ -94,42 +149,29 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, shift: Tensor, dilation: tuple[int, int] | None = None) -> Tensor:
-        h = convolve(self.conv1, F.silu(self.norm1(x)), dilation) + shift[:, :, None, None]
-        h = convolve(self.conv2, F.silu(self.norm2(h)), dilation)
+    def forward(self, x: Tensor, shift: Tensor, unit: int, on: Techniques = OFF) -> Tensor:
+        h = convolve(self.conv1, F.silu(self.norm1(x)), unit, on) + shift[:, :, None, None]
+        h = convolve(self.conv2, F.silu(self.norm2(h)), unit, on)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class AttentionMasks(NamedTuple):
-    """What multiplies the weights of an Attention's linear layers, (C_out, C_in) or one an image (B, C_out, C_in)."""
-    q: Tensor | None = None                                            # None: the layer as it is
-    k: Tensor | None = None
-    v: Tensor | None = None
-    out: Tensor | None = None
-
-
-UNMASKED = AttentionMasks()
-
-
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, (B, N, C_in) -> (B, N, C_out). Wide layers in float32 on a CPU as a 1x1 convolution over the tokens.
+    """x W^T + b, (B, N, C_in) -> (B, N, C_out). On a CPU, wide layers in float32 run as a 1x1 convolution.
 
-    PyTorch gives that to oneDNN, and products to MKL. On an AMD processor it was 1.3 times as fast with two
-    threads, with one the same: see `benchmarks/README.md`.
+    PyTorch computes the convolution by oneDNN and the product by MKL. With two threads of an AMD processor, oneDNN was
+    1.3 times as fast; with one thread there was no difference. See `benchmarks/README.md`.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < WIDE:
         return F.linear(x, weight, bias)
     return F.conv2d(x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
 
 
-def linear(layer: nn.Linear, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A linear layer, its weights times the mask: (B, N, C_in) -> (B, N, C_out). The bias is never masked."""
-    if mask is None:
-        return project(x, layer.weight, layer.bias)
-    w = layer.weight * mask.to(layer.weight.dtype)
-    if w.dim() == 2:
-        return project(x, w, layer.bias)
-    return torch.bmm(x, w.mT) if layer.bias is None else torch.baddbmm(layer.bias, x, w.mT)
+def linear(layer: nn.Linear, x: Tensor, on: Techniques = OFF) -> Tensor:
+    """(B, N, C_in) -> (B, N, C_out), by the layer's own weight or, with masks, by what stands in for it."""
+    weight = layer.weight if on.masks is None else on.masks.of(layer)
+    if weight.dim() == 2:
+        return project(x, weight, layer.bias)
+    return torch.bmm(x, weight.mT) if layer.bias is None else torch.baddbmm(layer.bias, x, weight.mT)
 
 
 class Attention(nn.Module):
@@ -148,21 +190,22 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, C / heads)
 
-    def keys_values(self, context: Tensor, masks: AttentionMasks = UNMASKED) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context: Tensor, on: Techniques = OFF) -> tuple[Tensor, Tensor]:
         """(B, L, D) -> what `forward` attends to. For a text it is the same at every step: see `UNet.embed_text`."""
-        return self.split(linear(self.to_k, context, masks.k)), self.split(linear(self.to_v, context, masks.v))
+        return self.split(linear(self.to_k, context, on)), self.split(linear(self.to_v, context, on))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, on: Techniques = OFF) -> Tensor:
         """Queries (B, heads, N, C / heads), keys and values (B, heads, L, C / heads) -> (B, N, C), unprojected."""
         dtype = q.dtype
         if self.upcast and dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        h = F.scaled_dot_product_attention(q, k, v).to(dtype)
-        return h.transpose(1, 2).flatten(2)
+        h = None if on.attend is None else on.attend(self, q, k, v)    # an editor sees and changes who looks at what
+        if h is None:
+            h = F.scaled_dot_product_attention(q, k, v)
+        return h.to(dtype).transpose(1, 2).flatten(2)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], masks: AttentionMasks = UNMASKED) -> Tensor:
-        q = self.split(linear(self.to_q, x, masks.q))
-        return linear(self.to_out[0], self.attend(q, *keys_values), masks.out)
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], on: Techniques = OFF) -> Tensor:
+        return linear(self.to_out[0], self.attend(self.split(linear(self.to_q, x, on)), *keys_values, on), on)
 
 
 class GEGLU(nn.Module):
@@ -178,11 +221,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, N, C) -> (B, N, C), through four times the width: more than CHUNK tokens in pieces, to bound its memory."""
+    """(B, N, C) -> (B, N, C), through four times the width; CHUNK tokens at a time, to bound the memory."""
 
     def __init__(self, channels: int):
         super().__init__()
-        # checkpoints count the dropout between the two layers: "net.0.proj", "net.2"
+        # the names in checkpoints count a dropout between the two layers: "net.0.proj", "net.2"
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,12 +234,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward. (B, N, C), keys and values of the text -> (B, N, C)
+    """Self-attention, attention to the text, feed-forward. (B, N, C) -> (B, N, C)
 
+    text: the keys and values of the text for this block; under masks the text (B, L, D) itself, see `words`.
     grid: the (H, W) that the N = H * W tokens come from.
-    gate: None, or what decides whether attention to the text is computed or reused, see T-GATE in `cache.py`.
-    masks: None, or what multiplies the weights of both attentions, see `maskunet.py`; text is then (B, L, D) itself.
-    freescale: None, or what stands in for self-attention, see `freescale.py`.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool):
@@ -209,70 +250,62 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | Tensor, grid: tuple[int, int],
-                gate: "TextGate | None" = None, masks: tuple[AttentionMasks, AttentionMasks] | None = None,
-                freescale: "Scale | None" = None) -> Tensor:
-        own, cross = (UNMASKED, UNMASKED) if masks is None else masks
+                on: Techniques = OFF) -> Tensor:
         h = self.norm1(x)
-        if freescale is None:
-            x = x + self.attn1(h, self.attn1.keys_values(h, own), own)
+        if on.freescale is not None:                                   # FreeScale: shapes by windows, detail by all
+            x = x + on.freescale(self.attn1, h, grid, on)
+        elif on.highres is not None:                                   # HiDiffusion: in shifted windows
+            x = x + on.highres(self.attn1, h, grid, on)
         else:
-            x = x + freescale(self.attn1, h, grid, own)
-        if gate is None or gate.open:
-            h = self.attn2(self.norm2(x), text if masks is None else self.attn2.keys_values(text, cross), cross)
-        if gate is not None:
-            h = gate.output(self, h)
+            x = x + self.attn1(h, self.attn1.keys_values(h, on), on)
+        if on.tgate is None or on.tgate.open:                          # T-GATE: later, the last result stands in
+            text = self.attn2.keys_values(text, on) if isinstance(text, Tensor) else text
+            h = self.attn2(self.norm2(x), text, on)
+        if on.tgate is not None:
+            h = on.tgate.output(self, h)
         x = x + h
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """TransformerBlocks over the pixels of a map. (B, C, H, W), one keys-and-values pair a block -> (B, C, H, W)"""
+    """TransformerBlocks over the pixels of a map. (B, C, H, W), the text for each block -> (B, C, H, W)"""
 
     def __init__(self, channels: int, depth: int, heads: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)    # unlike the ResBlocks' 1e-5
-        # the same arithmetic either way; checkpoints differ in the weight's shape: (C, C) or (C, C, 1, 1)
+        # both compute the same; checkpoints differ in the shape of the weight, (C, C) or (C, C, 1, 1)
         self.proj_in = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([
             TransformerBlock(channels, config.context_dim, heads, config.upcast_attention) for _ in range(depth)])
         self.proj_out = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor] | Tensor], gate: "TextGate | None" = None,
-                masks: Iterable[tuple[AttentionMasks, AttentionMasks]] | None = None,
-                freescale: "Scale | None" = None) -> Tensor:
-        masks = [None] * len(text) if masks is None else masks
+    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]] | list[Tensor], on: Techniques = OFF) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)                    # (B, N, C)
         h = project(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        for block, keys_values, mask in zip(self.transformer_blocks, text, masks, strict=True):
-            h = block(h, keys_values, x.shape[2:], gate, mask, freescale)
+        for block, words in zip(self.transformer_blocks, text, strict=True):
+            h = block(h, words, x.shape[2:], on)
         h = project(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
 
 class Downsample(nn.Module):
-    """Halves the map, rounding up. (B, C, H, W) -> (B, C, H / 2, W / 2)"""
+    """A bag for the convolution that halves a map, rounding up: checkpoints say "downsamplers.0.conv"."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, dilation: tuple[int, int] | None = None) -> Tensor:
-        return convolve(self.conv, x, dilation)
-
 
 class Upsample(nn.Module):
-    """Enlarges the map to the size of the skip that it meets next (double, or one less where that was odd)."""
+    """A bag for the convolution after a map was enlarged: checkpoints say "upsamplers.0.conv"."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
 
 class Level(nn.Module):
-    """A bag of layers at one resolution (or the middle's): `UNet.encode` and `UNet.decode` call them."""
+    """The layers of one resolution, without a forward pass of their own: `UNet.encode` and `UNet.decode` call them."""
 
     def __init__(self, resnets: list[ResBlock], attentions: list[SpatialTransformer],
                  down: Downsample | None = None, up: Upsample | None = None):
@@ -284,23 +317,21 @@ class Level(nn.Module):
 
 
 class Unit(NamedTuple):
-    """One entry of the flat list. On the way down a resample is a unit of its own; on the way up it ends one."""
-    resnet: ResBlock | None
-    attention: SpatialTransformer | None
-    resample: Downsample | Upsample | None
+    """One entry of the flat list: a convolution alone, or a ResBlock and what follows it."""
+    conv: nn.Conv2d | None = None                      # conv_in, or a downsampler
+    resnets: tuple[ResBlock, ...] = ()                 # one; the middle has a second one after the attention
+    attention: SpatialTransformer | None = None
+    up: nn.Conv2d | None = None                        # the last unit of a level of the decoder ends with an upsampler
 
 
 class PerUnit(NamedTuple):
-    """One value for each unit of the flat list.
+    """What does not depend on the latents, made once per run, for each unit of the flat list.
 
-    Of the time: the ResBlock's shift (B, C_out), or None in a unit without one; the middle has a pair. Of the text:
-    keys and values for each TransformerBlock, or None in a unit without attention. Masks need the source as well: the
-    time's embedding (B, 4 C) or the text (B, L, D), from which the values were made.
+    For a time: the shift (B, C_out) of each ResBlock. For a text: the keys and values of each TransformerBlock.
+    source: what all of it was made from, the embedding of the time (B, 4 C) or the text (B, L, D).
     """
-    down: list[Any]
-    mid: Any
-    up: list[Any]
-    source: Tensor | None = None
+    of: list[list[Any]]
+    source: Tensor
 
 
 class UNet(nn.Module):
@@ -347,111 +378,94 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
-                freeu: "FreeU | None" = None, cache: "Features | None" = None,
-                gate: "TextGate | None" = None, masks: "MaskRun | None" = None,
-                freescale: "Scale | None" = None) -> Tensor:
+                on: Techniques = OFF) -> Tensor:
         """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
 
-        t: timesteps 0..999, (B,) or a scalar, may be fractional; or what `embed_time` made of them.
-        context: text embeddings (B, L, D); or what `embed_text` made of them.
+        t: timesteps 0..999, (B,) or a scalar, may be fractional; or the result of `embed_time` for them.
+        context: text embeddings (B, L, D); or the result of `embed_text` for them.
         added: SDXL's pooled text and image sizes (B, add_dim); None for the other models.
-        freeu: factors on backbone and skips, see `freeu.py`; None: the plain network.
-        cache: which units run at this step, and what stands in for the others, see `cache.py`; None: all run.
-        gate: whether the text is attended to, or what that gave before is reused, see `cache.py`; None: it is.
-        masks: what multiplies the weights of the up units' attention, see `maskunet.py`; None: the weights as they are.
-        freescale: scale fusion and dilated convolutions for large maps, see `freescale.py`; None: the plain network.
+        on: the techniques that act in this pass; OFF: the plain network.
         """
         shifts = t if isinstance(t, PerUnit) else self.embed_time(t, added)
         text = context if isinstance(context, PerUnit) else self.embed_text(context)
-        h, skips = self.encode(x, shifts, text, cache, gate, freescale)
-        return self.decode(h, skips, shifts, text, freeu, cache, gate, masks, freescale)
+        h, skips = self.encode(x, shifts, text, on)
+        return self.decode(h, skips, shifts, text, on)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile, with its options: a call of the module as one graph, and each of its two halves as one.
+        """torch.compile with these options: the whole module as one graph, and each of its two halves as one.
 
-        Parallel Faster Diffusion calls the halves themselves. Nothing is compiled before it is called.
+        (Parallel Faster Diffusion calls the halves by themselves.) Each is compiled when it is first called.
         """
         self.encode, self.decode = (torch.compile(half, **options) for half in (self.encode, self.decode))
         super().compile(**options)
 
-    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit, cache: "Features | None" = None,
-               gate: "TextGate | None" = None,
-               freescale: "Scale | None" = None) -> tuple[Tensor | None, list[Tensor | None]]:
-        """conv_in, the down units and the middle -> the middle's output and the skips, largest map first.
+    def encode(self, x: Tensor, shifts: PerUnit, text: PerUnit,
+               on: Techniques = OFF) -> tuple[Tensor | None, list[Tensor | None]]:
+        """conv_in, the down units and the middle -> the output of the middle, and the skips, the largest map first.
 
-        None takes the place of what a cache neither runs nor keeps, because nobody reads it.
+        With a cache, None stands for an output that nobody reads.
         """
-        h, units = x, self.down_units()
-        if cache is None or cache.runs(0):
-            h = self.conv_in(h)
-        if cache is not None:
-            h = cache.output(0, h)
-        skips = [h]
-        for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.down, text.down), start=1):
-            if cache is None or cache.runs(i):
-                dilation = None if freescale is None else freescale.dilation(i - 1, self.config)
-                if unit.resample is not None:
-                    h = unit.resample(h, dilation)
+        h, maps = x, []
+        for k, unit in enumerate(self.units()[:self.middle + 1]):
+            if on.cache is None or on.cache.runs(k):
+                if unit.conv is not None:
+                    h = convolve(unit.conv, h, k, on)
                 else:
-                    h = unit.resnet(h, shift, dilation)
+                    h = unit.resnets[0](h, shifts.of[k][0], k, on)
                     if unit.attention is not None:
-                        h = unit.attention(h, keys_values, gate, None, freescale)
-            if cache is not None:
-                h = cache.output(i, h)
-            skips.append(h)
-
-        middle = len(units) + 1
-        if cache is None or cache.runs(middle):
-            dilation = None if freescale is None else freescale.dilation(None, self.config)
-            resnet_1, resnet_2 = self.mid_block.resnets
-            h = resnet_1(h, shifts.mid[0], dilation)
-            h = self.mid_block.attentions[0](h, text.mid, gate, None, freescale)
-            h = resnet_2(h, shifts.mid[1], dilation)
-        if cache is not None:
-            h = cache.output(middle, h)
-        return h, skips
+                        h = unit.attention(h, words(text, k, on), on)
+                    if k == self.middle:
+                        h = unit.resnets[1](h, shifts.of[k][1], k, on)
+                if on.highres is not None:                             # HiDiffusion: a smaller map from here on
+                    h = on.highres.resize(k, h)
+            if on.cache is not None:                                   # key step: kept; between: what was kept
+                h = on.cache.output(k, h)
+            maps.append(h)
+        return maps[self.middle], maps[:self.middle]
 
     def decode(self, h: Tensor | None, skips: list[Tensor | None], shifts: PerUnit, text: PerUnit,
-               freeu: "FreeU | None" = None, cache: "Features | None" = None, gate: "TextGate | None" = None,
-               masks: "MaskRun | None" = None, freescale: "Scale | None" = None) -> Tensor:
-        """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)."""
-        units = self.up_units()
-        for i, (unit, shift, keys_values) in enumerate(zip(units, shifts.up, text.up)):
-            if cache is None or cache.runs(len(units) + 1 + i):
-                skip = skips[len(units) - 1 - i]
-                mask = None if masks is None else masks.unit(i, h, skip, shifts.source)
-                if mask is not None:                                   # masked keys and values differ at every step
-                    keys_values = [text.source] * len(keys_values)
-                if freeu is not None:
-                    h, skip = freeu(h, skip, i, self.config)
-                h = unit.resnet(torch.cat([h, skip], dim=1), shift)
+               on: Techniques = OFF) -> Tensor:
+        """The up units, each with its skip, and the output layers -> prediction (B, 4, H, W)"""
+        for i, unit in enumerate(self.units()[self.middle + 1:]):
+            k, skip = self.middle + 1 + i, skips[-1 - i]
+            if on.cache is None or on.cache.runs(k):
+                if on.highres is not None:                             # HiDiffusion: back to the size of the skip
+                    h = on.highres.resize(k, h, skip)
+                if on.masks is not None:                               # MaskUNet: masks by these maps and the time
+                    on.masks.enter(k, h, skip, shifts.source)
+                if on.freeu is not None:                               # FreeU: more of the backbone, less of the skip
+                    h, skip = on.freeu(h, skip, i, self.config)
+                if on.skips is not None:                               # Skip-Tuning, ScaleLong: a factor by depth
+                    h, skip = on.skips(h, skip, i, self.config)
+                h = unit.resnets[0](torch.cat([h, skip], dim=1), shifts.of[k][0], k, on)
                 if unit.attention is not None:
-                    h = unit.attention(h, keys_values, gate, mask, freescale)
-                if unit.resample is not None:
-                    h = unit.resample(h, skips[len(units) - 2 - i].shape[-2:])
-            if cache is not None:
-                h = cache.output(len(units) + 1 + i, h)
+                    h = unit.attention(h, words(text, k, on), on)
+                if unit.up is not None:                                # enlarged to the size of the next skip
+                    h = convolve(unit.up, F.interpolate(h, size=skips[-2 - i].shape[-2:], mode="nearest"), k, on)
+            if on.cache is not None:
+                h = on.cache.output(k, h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-    def down_units(self) -> list[Unit]:
-        """In SD 1.x: (resnet + attention) x 2 and a downsampler, three times, then two resnets: 11 units."""
-        units = []
-        for level in self.down_blocks:
-            units += [Unit(resnet, attention, None) for resnet, attention in pairs(level)]
-            units += [Unit(None, None, downsample) for downsample in level.downsamplers]
-        return units
+    @property
+    def middle(self) -> int:
+        """The number of the middle in the flat list: as many units come before it as after it."""
+        return len(self.config.channels) * (self.config.layers + 1)
 
-    def up_units(self) -> list[Unit]:
-        """In SD 1.x: four levels of three (resnet + attention, where the level has one): 12 units."""
-        units = []
+    def units(self) -> list[Unit]:
+        """The flat list. In SD 1.x: conv_in; 3 + 3 + 3 + 2 down units (a third is a downsampler); middle; 4 x 3 up."""
+        units = [Unit(conv=self.conv_in)]
+        for level in self.down_blocks:
+            units += [Unit(resnets=(resnet,), attention=attention) for resnet, attention in pairs(level)]
+            units += [Unit(conv=down.conv) for down in level.downsamplers]
+        units += [Unit(resnets=tuple(self.mid_block.resnets), attention=self.mid_block.attentions[0])]
         for level in self.up_blocks:
-            units += [Unit(resnet, attention, None) for resnet, attention in pairs(level)]
+            units += [Unit(resnets=(resnet,), attention=attention) for resnet, attention in pairs(level)]
             if level.upsamplers:
-                units[-1] = units[-1]._replace(resample=level.upsamplers[0])
+                units[-1] = units[-1]._replace(up=level.upsamplers[0].conv)
         return units
 
     def embed_time(self, t: Tensor, added: Tensor | None = None) -> PerUnit:
-        """Times (B,) or scalar, and SDXL's added condition (B, add_dim), to every ResBlock's shift (B, C_out)."""
+        """Times (B,) or scalar, and SDXL's added condition (B, add_dim), to the shift (B, C_out) of every ResBlock."""
         weight = self.time_embedding.linear_1.weight
         t = torch.as_tensor(t, device=weight.device).reshape(-1)
         emb = self.time_embedding(sinusoid(t, self.config.channels[0]).to(weight.dtype))
@@ -460,34 +474,26 @@ class UNet(nn.Module):
                 raise ValueError("this U-Net needs the added condition (SDXL: pooled text and image sizes): pass added")
             emb = emb + self.add_embedding(added)
         h = F.silu(emb)
-
-        def shift(unit: Unit) -> Tensor | None:
-            return None if unit.resnet is None else unit.resnet.time_emb_proj(h)
-        return PerUnit([shift(unit) for unit in self.down_units()],
-                       [resnet.time_emb_proj(h) for resnet in self.mid_block.resnets],
-                       [shift(unit) for unit in self.up_units()], emb)
+        return PerUnit([[resnet.time_emb_proj(h) for resnet in unit.resnets] for unit in self.units()], emb)
 
     def embed_schedule(self, timesteps: Tensor, added: Tensor | None = None) -> list[PerUnit]:
-        """`embed_time` for a whole schedule (S,) at once: S values, to be passed to `forward` one a step."""
+        """`embed_time` for a whole schedule (S,) at once: S results, one per step, to be passed to `forward`."""
         batch = 1 if added is None else len(added)
-        t = timesteps.repeat_interleave(batch)
-        shifts = self.embed_time(t, None if added is None else added.repeat(len(timesteps), 1))
-
-        def step(i: int) -> PerUnit:
-            rows = slice(i * batch, (i + 1) * batch)
-            return PerUnit([s if s is None else s[rows] for s in shifts.down], [s[rows] for s in shifts.mid],
-                           [s[rows] for s in shifts.up], shifts.source[rows])
-        return [step(i) for i in range(len(timesteps))]
+        shifts = self.embed_time(timesteps.repeat_interleave(batch),
+                                 None if added is None else added.repeat(len(timesteps), 1))
+        steps = [slice(i * batch, (i + 1) * batch) for i in range(len(timesteps))]
+        return [PerUnit([[s[rows] for s in unit] for unit in shifts.of], shifts.source[rows]) for rows in steps]
 
     def embed_text(self, context: Tensor) -> PerUnit:
-        """Text embeddings (B, L, D) to the keys and values of every cross-attention: they don't depend on the step."""
-        def keys_values(attention: SpatialTransformer | None) -> list[tuple[Tensor, Tensor]] | None:
-            if attention is None:
-                return None
-            return [block.attn2.keys_values(context) for block in attention.transformer_blocks]
-        return PerUnit([keys_values(unit.attention) for unit in self.down_units()],
-                       keys_values(self.mid_block.attentions[0]),
-                       [keys_values(unit.attention) for unit in self.up_units()], context)
+        """Text embeddings (B, L, D) to the keys and values of every cross-attention, which no step changes."""
+        return PerUnit([[] if unit.attention is None else
+                        [block.attn2.keys_values(context) for block in unit.attention.transformer_blocks]
+                        for unit in self.units()], context)
+
+
+def words(text: PerUnit, k: int, on: Techniques) -> list[tuple[Tensor, Tensor]] | list[Tensor]:
+    """The text's keys and values for unit k; or the text itself, where masks change the layers that compute them."""
+    return text.of[k] if on.masks is None else [text.source] * len(text.of[k])
 
 
 def pairs(level: Level) -> list[tuple[ResBlock, SpatialTransformer | None]]:

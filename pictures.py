@@ -1,0 +1,76 @@
+"""Pictures as files: read safely, written with their settings, compared, and laid out as a sheet."""
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from command import InputError, replacing
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)    # what Pillow raises for bad pictures
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture as it looks: upright, in RGB, over white where it is transparent. InputError where it can't be read."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):                           # 16 bits of gray, which Pillow would clip
+                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+            return picture.convert("RGB")
+    except UNREADABLE as error:
+        raise InputError(f"can't read the picture {path} ({error})") from None
+
+
+def read_image(path: Path, height: int | None = None, width: int | None = None) -> Tensor:
+    """A picture as (1, 3, H, W) in [0, 1], at this size or its own, rounded to multiples of 8."""
+    picture = open_picture(path)
+    width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((width, height), picture.size))
+    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def read_parameters(path: Path) -> str | None:
+    """The settings in a PNG's text chunk "parameters"; None where there are none or the file can't be read."""
+    try:
+        with Image.open(path) as file:
+            return file.info.get("parameters")
+    except UNREADABLE:
+        return None
+
+
+def save_png(image: Tensor, path: Path, parameters: str) -> None:
+    """One image (3, H, W) in [0, 1], with its settings in the text chunk that other tools read ("parameters")."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters)
+    with replacing(path) as part:
+        Image.fromarray(pixels).save(part, format="PNG", pnginfo=info)
+
+
+def save_grid(paths: list[Path], path: Path) -> None:
+    """Finished pictures of one size as a sheet, as square as their number allows."""
+    pictures = [Image.open(p).convert("RGB") for p in paths]
+    columns, (w, h) = math.ceil(math.sqrt(len(pictures))), pictures[0].size
+    sheet = Image.new("RGB", (columns * w, math.ceil(len(pictures) / columns) * h))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """How alike two images in [0, 1] are, in decibels: 10 log10 of 1 over the mean square of their difference."""
+    return -10 * math.log10(max((a - b).square().mean().item(), 1e-12))
+
+
+def file_digest(path: Path) -> str:
+    """A file's name and the first digits of its contents' SHA-256."""
+    try:
+        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    except OSError as error:
+        raise InputError(f"can't read {path} ({error.strerror})") from None

@@ -1,0 +1,281 @@
+"""Stable Diffusion as one object: load a model folder, encode prompts, sample, decode.
+
+    sd = StableDiffusion.load("models/tiny")
+    latents = sd.sample("a red circle", steps=30, freeu=FreeU(1.3, 1.4, 0.9, 0.2))
+    images = sd.decode(latents)        # (1, 3, 64, 64) in [0, 1]
+
+Start at `StableDiffusion.sample`; the loop it runs is `sampler.generate`. Shapes: B images, H W pixels, h w latent
+pixels, L text tokens, D text width, P width of SDXL's pooled text vector.
+"""
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_text import TextEncoder, Tokenizer
+from command import InputError
+from folder import ModelConfig, build, check_size, load_tokenizer, load_weights, read_config
+from freescale import FreeScale, enlarge
+from reward import add_rewards, load_reward
+from sampler import Condition, draw_noise, generate, plan
+from unet import UNet, sinusoid
+from vae import VAE, tile_side, together
+
+KNOWN = 64         # texts whose encodings are kept, see `known`: 15 MB for SD 1.5 and 40 MB for SDXL in float32
+Prompt = str | list[str] | Tensor | tuple[Tensor, Tensor | None]
+
+
+class StableDiffusion:
+    """A model folder in memory: tokenizer, text encoders, U-Net and VAE. Make one with `StableDiffusion.load`.
+
+    tile: side of the VAE's tiles in latent pixels; None: no tiles up to 128x128 latent pixels, 64 above; 0: never.
+    known: None, or a dict that keeps the last KNOWN encoded texts between calls. Set it only while the weights of the
+        text encoders stay as they are.
+    """
+    tile: int | None = None
+    known: dict[str, tuple[Tensor, Tensor | None]] | None = None
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, text_encoders: list[TextEncoder],
+                 unet: UNet, vae: VAE, low_memory: bool = False, folder: Path | None = None):
+        self.config, self.tokenizer, self.text_encoders = config, tokenizer, text_encoders
+        self.unet, self.vae, self.low_memory, self.folder = unet, vae, low_memory, folder
+        self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+
+    @staticmethod
+    def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+             low_memory: bool = False, compiled: bool = False) -> "StableDiffusion":
+        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
+
+        low_memory: only the U-Net stays on the device; text encoders and VAE are moved there when they are needed, and
+            the branches of guidance run one after the other. The same pictures with less memory, somewhat slower.
+        compiled: torch.compile makes one graph of the U-Net at its first call, and another for every other size, batch
+            or set of techniques. That takes minutes for a large model and pays for many pictures of one kind. Parallel
+            Faster Diffusion has a graph of the encoder, and one of the decoder for each number of steps in a batch.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder / "tokenizer.json", config.text_encoder.vocab)
+        unet, vae = build(UNet, config.unet), build(VAE, config.vae)
+        texts = [build(TextEncoder, c) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
+        load_weights(unet, folder / "unet.safetensors", device, dtype)
+        # SDXL's VAE overflows float16: it stays in float32
+        guard = config.vae.force_upcast and dtype == torch.float16
+        home = "cpu" if low_memory else device
+        load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
+        for name, text in zip(("text_encoder", "text_encoder_2"), texts):
+            load_weights(text, folder / f"{name}.safetensors", home, dtype)
+        if compiled:
+            # on a CPU the layouts stay as they are: neither the compiler's own nor frozen weights were faster
+            kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None
+            # Beyond this many graphs PyTorch falls back to eager mode; its default, 8, is too low for a few caches
+            unet.compile(dynamic=False, options=kept, recompile_limit=64)
+        return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory, folder)
+
+    @contextlib.contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        """Moves the module to the U-Net's device inside the block; with low_memory, back to main memory after it."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.low_memory:
+                module.to("cpu")
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
+        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that don't fit."""
+        known = {} if self.known is None else self.known
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"a prompt is a text or a list of texts, not {prompts!r}")
+        new, hidden, pooled, lost = [text for text in dict.fromkeys(prompts) if text not in known], [], None, []
+        for text in self.text_encoders if new else []:
+            ids, lost = self.tokenizer(new, text.config.length, text.config.pad)
+            with self.on_device(text):
+                h, pooled = text(ids.to(self.device))                  # SDXL's pooled vector is the second encoder's
+            hidden.append(h)
+        for k, (prompt, words) in enumerate(zip(new, lost)):
+            known[prompt] = torch.cat([h[k] for h in hidden], dim=-1), None if pooled is None else pooled[k]
+            if words:
+                warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}", stacklevel=2)
+        contexts, pools = zip(*(known[prompt] for prompt in prompts))
+        while len(known) > KNOWN:
+            del known[next(iter(known))]                               # the oldest
+        return torch.stack(contexts), None if pools[0] is None else torch.stack(pools)
+
+    def size_conditioning(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        """SDXL's added condition (B, add_dim): the pooled text (B, P), then a wave for each of six sizes (B, 6).
+
+        time_ids: original height and width, top and left of the crop, target height and width, in pixels.
+        """
+        waves = sinusoid(time_ids.flatten(), self.config.unet.add_time_dim).reshape(len(time_ids), -1)
+        return torch.cat([pooled, waves.to(pooled)], dim=-1)
+
+    def conditions(self, prompt: Prompt | None, batch: int | None, height: int, width: int) -> Condition:
+        """What the U-Net is told, for so many images (None: as many as there are prompts) of this size in pixels.
+
+        None as prompt: what the model's authors do without a negative prompt ("", or zeros for SDXL).
+        """
+        words = ()
+        if prompt is None and self.config.zero_negative:
+            context, pooled = (torch.zeros_like(x) for x in self.encode_prompt([""]))
+        elif isinstance(prompt, Tensor):
+            context, pooled = prompt, None
+        elif isinstance(prompt, tuple):
+            context, pooled = prompt
+        else:
+            words = ("",) if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+            context, pooled = self.encode_prompt(list(words))
+        if batch is not None and len(context) == 1:
+            context, pooled = context.expand(batch, -1, -1), None if pooled is None else pooled.expand(batch, -1)
+            words = words * batch
+        if batch is not None and len(context) != batch:
+            raise InputError(f"there are {len(context)} negative prompts for {batch} prompts; give one, or as many")
+        context = context.to(self.device, self.dtype)
+        if not self.config.unet.add_dim:
+            return Condition(context, None, words)
+        if pooled is None:
+            raise InputError("this model needs the pooled text too: pass (context, pooled) instead of context alone")
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(len(context), -1)
+        return Condition(context, self.size_conditioning(pooled, time_ids).to(self.device, self.dtype), words)
+
+    @torch.no_grad()
+    def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
+               cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
+               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *,
+               init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
+               callback: Callable[[int, Tensor], None] | None = None, **techniques: Any) -> Tensor:
+        """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
+
+        prompt: one text or a list of B; or embeddings: context (B, L, D), for SDXL with the pooled vector (B, P).
+        negative_prompt: likewise, one for all or B. None: see `conditions`.
+        seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
+        height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
+        noise: (B, 4, h, w), unit variance, to start from. Later noise begins with the first numbers of the seeds, as in
+            diffusers: with eta, "euler-a" and FreeScale, make the noise with other seeds.
+        init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
+        tile: of the VAE between FreeScale's stages, as in `decode`.
+        callback(call, latents) is called after each call of the U-Net; FreeScale's stages count on.
+        techniques: settings by name, such as freeu=FreeU(1.3, 1.4, 0.9, 0.2), cache=DeepCache(3), tgate=TGate(10),
+            masks=MaskFile(path). The names are those of `unet.Techniques`. With freescale=FreeScale(2), height and
+            width are the first stage's; with the sizes of all stages, leave them out or give the last one's. There,
+            noise is the first stage's, init takes the place of its result, and strength doesn't matter.
+        Other arguments: see `sampler.plan` and `sampler.generate`.
+        """
+        techniques = {name: settings.bind(self) if hasattr(settings, "bind") else settings
+                      for name, settings in techniques.items() if settings is not None}
+        factor, native = self.config.vae.factor, self.config.size
+        freescale, highres = techniques.pop("freescale", None), techniques.get("highres")
+        for given in () if isinstance(getattr(freescale, "resolutions", None), tuple) else (init, noise):
+            if given is not None:
+                height = given.shape[-2] * factor if height is None else height
+                width = given.shape[-1] * factor if width is None else width
+        if freescale is None and hasattr(highres, "stages"):
+            freescale, height, width = highres.stages(native, height or native, width or native), None, None
+        if freescale is not None:
+            freescale = self.fit(freescale, height, width, init)
+            height, width = freescale.resolutions[0]
+        height, width = check_size(native if height is None else height, native if width is None else width)
+        condition, negative = self.conditions(prompt, None, height, width), None
+        batch = len(condition.context)
+        if cfg_scale != 1:
+            negative = self.conditions(negative_prompt, batch, height, width)
+
+        seeds = [seed + k for k in range(batch)] if isinstance(seed, Integral) else list(seed)
+        if len(seeds) != batch:
+            raise InputError(f"there are {len(seeds)} seeds for {batch} prompts; give one, or as many")
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        shape = (batch, self.config.unet.in_channels, height // factor, width // factor)
+        if noise is None:
+            noise = draw_noise(generators, torch.empty(1, *shape[1:], device=self.device))
+        if tuple(noise.shape) != shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}, but {shape} is needed")
+        if init is not None and tuple(init.shape) not in (shape, (1, *shape[1:])):
+            raise InputError(f"init has shape {tuple(init.shape)}, but {shape} is needed")
+        init = None if init is None else init.to(self.device)
+        calls = plan(sampler, steps, self.config.schedule, spacing, eta, self.config.prediction)
+
+        def run(noise: Tensor, init: Tensor | None, stage: int, **more: Any) -> Tensor:
+            latents = noise
+            for i, latents in generate(self.unet, noise.to(self.device), condition, negative, calls, cfg_scale, init,
+                                       strength, generators, self.low_memory, **techniques, **more):
+                if callback is not None:
+                    callback(stage * calls.calls + i, latents)
+            if not latents.isfinite().all():
+                raise InputError(not_finite("latents", self.dtype))
+            return latents
+
+        if freescale is None:
+            return run(noise, init, 0)
+        latents = run(noise, None, 0) if init is None else init.expand(shape).float()
+        for stage, size in enumerate(freescale.resolutions[1:], start=1):
+            like = latents.new_empty(1, shape[1], *(side // factor for side in size))
+            unit = draw_noise(generators, like) if freescale.upsample == "rgb" else None
+            with self.on_device(self.vae):
+                latents = enlarge(latents, size, freescale.upsample, self.vae, unit, self.tile_of(like, tile))
+            latents = run(draw_noise(generators, like), latents, stage, freescale=freescale)
+        return latents
+
+    def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
+        """The settings with the sizes of all stages; InputError for sizes that aren't what is asked for."""
+        native, sizes = self.config.size, freescale.resolutions
+        if isinstance(sizes, tuple) and (height or sizes[-1].height, width or sizes[-1].width) != sizes[-1]:
+            raise InputError(f"FreeScale ends with {sizes[-1]}, so leave height and width at None")
+        try:
+            freescale = freescale.fit(native // self.config.vae.factor, height or native, width or native)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if len(freescale.resolutions) == 1 and init is not None:
+            raise InputError("init takes the place of FreeScale's first stage: give a second, larger resolution")
+        return freescale
+
+    def tile_of(self, latents: Tensor, tile: int | None = None) -> int | None:
+        return tile_side(self.tile if tile is None else tile, latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """VAE-scaled latents (B, 4, h, w) to images (B, 3, H, W) in [0, 1], float32; large ones one at a time.
+
+        tile: side of the VAE's tiles in latent pixels; None: see `StableDiffusion`.
+        """
+        z = latents.to(self.device) / self.config.vae.scaling
+        with self.on_device(self.vae):
+            images = torch.cat([self.vae.decode(part, self.tile_of(z, tile)).float() for part in together(z)])
+        if not images.isfinite().all():
+            raise InputError(not_finite("decoded image", self.vae.post_quant_conv.weight.dtype))
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
+        x, factor = images.to(self.device) * 2 - 1, self.config.vae.factor
+        with self.on_device(self.vae):
+            mean, _ = self.vae.encode(x, self.tile_of(x[:, :, ::factor, ::factor], tile))
+        return mean.float() * self.config.vae.scaling
+
+    def latent_score(self, rewards: tuple[str, ...]) -> Callable[[Tensor, tuple[str, ...]], Tensor]:
+        """The sum of these rewards of a picture, as a differentiable function of its latents and prompts.
+
+        rewards: "clip", the CLIP in the model's folder, or folders written by convert_weights.py --reward. The function
+        takes VAE-scaled latents (B, 4, h, w) and B prompts and returns (B,); larger is better.
+        """
+        reward = add_rewards([load_reward(self.folder / "clip" if name == "clip" else name, self.device)
+                              for name in rewards])
+
+        def score(latents: Tensor, words: tuple[str, ...]) -> Tensor:
+            z = latents / self.config.vae.scaling
+            images = self.vae.to(latents.device).decode(z, self.tile_of(z)).float() / 2 + 0.5
+            return reward(images.clamp(0, 1), list(words))
+        return score
+
+
+def not_finite(what: str, dtype: torch.dtype) -> str:
+    """The message for NaN and infinity, with what helps."""
+    remedy = ("use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --cfg-scale or the techniques' "
+              "factors; if that doesn't help, the weights are damaged: convert them again")
+    return f"the {what} are not finite (NaN) in {dtype}: {remedy}"
