@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
-from folder import TINY, InputError, ModelConfig, check_size
+from command import HelpFormatter, InputError, check_device
+from folder import TINY, ModelConfig, check_size
 from freescale import FreeScale
 from freeu import PRESETS, FreeU, scale_long, skip_tuning
 from highres_baselines import Model, demo_fusion, hidiffusion, scale_crafter
@@ -36,13 +37,6 @@ if TYPE_CHECKING:
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)    # what Pillow raises for bad pictures
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default but None, which the help texts explain."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,7 +112,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--compare", action="store_true",
                        help="also draw each picture without cache and T-GATE, for a sheet of both and the speed-up")
     group = parser.add_argument_group("weight masks (maskunet.py)")
-    group.add_argument("--masks", type=Path, metavar="FILE", help="learned ones, written by python maskunet.py train")
+    group.add_argument("--masks", type=Path, metavar="FILE", help="learned ones, written by python train.py masks")
     group.add_argument("--mask-random", type=float, metavar="RATIO", help="drop this part of the weights by chance")
     group.add_argument("--mask-window", action="store_true", help="random: drop those in a random window of values")
     group.add_argument("--mask-mode", choices=MODES, default="sample",
@@ -210,17 +204,6 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     kind = check_device(args.device).type
     args.dtype = DTYPES[args.dtype or ("float32" if kind == "cpu" else "float16")]
     return args
-
-
-def check_device(name: str) -> torch.device:
-    """The device of --device; InputError where it isn't there or can't compute."""
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0].split('. ')[0]})") from None
-    if device.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise InputError(f"--device {name} can't hold a picture; use cpu, cuda, mps or xpu")
-    return device
 
 
 # Flags that do nothing without another one: that one, whether it is given, and they
@@ -352,7 +335,7 @@ def read_masks(args: argparse.Namespace, unet: UNet | None = None) -> Masks | No
     if sum(given is not None for given in (args.masks, args.mask_random, args.mask_reward)) > 1:
         raise InputError("--masks, --mask-random and --mask-reward all mask the weights; give one of them")
     if args.masks is not None and not args.masks.is_file():
-        raise InputError(f"there is no file {args.masks}; make one: python maskunet.py train")
+        raise InputError(f"there is no file {args.masks}; make one: python train.py masks")
     try:
         if args.mask_random is not None:
             source = RandomMasks(args.mask_random, args.mask_window)
@@ -592,7 +575,7 @@ def report(args: argparse.Namespace, sd: "StableDiffusion", settings: dict[str, 
         print(f"{names}: {' and '.join(told)} of the U-Net run per picture{fewer}", file=sys.stderr)
 
 
-def fingerprint(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """A file's name and the first digits of its contents' SHA-256."""
     try:
         return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
@@ -613,7 +596,7 @@ def parameters_texts(args: argparse.Namespace, prompts: list[str], height: int, 
         if value != default:
             pairs[name] = value
     if args.init_image:
-        pairs["Init image"] = fingerprint(args.init_image)
+        pairs["Init image"] = file_digest(args.init_image)
     if args.init_image and args.stages is None:
         pairs["Denoising strength"] = f"{args.strength:g}"
     if args.stages is not None:
@@ -621,7 +604,7 @@ def parameters_texts(args: argparse.Namespace, prompts: list[str], height: int, 
         pairs["FreeScale"] = (f"{sizes} restart {args.freescale_restart:g} dilate {args.freescale_dilate:g} blur "
                               f"{args.freescale_blur} upsample {args.freescale_upsample}"
                               f"{' fast' if args.freescale_fast else ''}")
-        pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {fingerprint(args.detail_map)}"
+        pairs["Detail"] = args.detail if args.detail_map is None else f"{args.detail} by {file_digest(args.detail_map)}"
     cache, tgate = read_cache(args), read_tgate(args)
     if args.cache == "deepcache":
         center = "" if cache.center is None else f" center {cache.center}"
@@ -649,7 +632,7 @@ def parameters_texts(args: argparse.Namespace, prompts: list[str], height: int, 
         pairs["Mask search"] = f"{args.mask_reward} {count}{args.mask_schedule} {args.mask_keep}"
     if args.masks is not None or args.mask_random is not None:
         chosen = [flag for flag in ("window", "fixed", "shared") if getattr(args, f"mask_{flag}")]
-        what = f"random {args.mask_random:g}" if args.masks is None else fingerprint(args.masks)
+        what = f"random {args.mask_random:g}" if args.masks is None else file_digest(args.masks)
         pairs["Masks"] = " ".join([what, args.mask_mode, *chosen])
     negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt is not None else ""
     texts = {name: str(value) for name, value in {**pairs, "RNG": "CPU"}.items()}

@@ -2,10 +2,10 @@
 
 Start at `Gumbel.mask`, which turns logits into zeros and ones, and `MaskRun.unit`, which `UNet.decode` asks for the
 masks of an up unit. Logits come from a trained network (`DynamicMasks`), from one number a weight (`StaticMasks`), or
-from chance (`RandomMasks`); `Masks` says how a run draws from them. `train_masks.py` learns them from pictures;
+from chance (`RandomMasks`); `Masks` says how a run draws from them. `train.py` learns them from pictures;
 `MaskSearch` finds them without training, at every step anew, by climbing a reward. From the command line:
 
-    python maskunet.py train --data FOLDER --out masks.safetensors
+    python train.py masks --data FOLDER --out masks.safetensors
     python txt2img.py "a red circle" --masks masks.safetensors
 
 Shapes: B rows of a batch, o i outputs and inputs of a linear layer, R rows of masks, C channels, E width of the time.
@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint import check_names, open_safetensors
+from command import InputError, replacing
 from unet import AttentionMasks, UNet
 
 if TYPE_CHECKING:
@@ -459,13 +462,13 @@ class SearchRun(MaskRun):
             with torch.enable_grad():
                 self.climb(predict)
         except FloatingPointError:
-            raise input_error(f"the score of the masks, or its gradient, is not finite at step {self.step}: use "
-                              "--dtype bfloat16 or float32, or lower --cfg-scale") from None
+            raise InputError(f"the score of the masks, or its gradient, is not finite at step {self.step}: use "
+                             "--dtype bfloat16 or float32, or lower --cfg-scale") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                raise input_error("out of memory in the search for masks: add --mask-checkpoint or --low-memory, or "
-                                  "lower --width and --height (or --resolutions, --freescale), or --batch-size"
-                                  ) from None
+                raise InputError("out of memory in the search for masks: add --mask-checkpoint or --low-memory, or "
+                                 "lower --width and --height (or --resolutions, --freescale), or --batch-size"
+                                 ) from None
             raise
 
     def climb(self, predict: Callable[[], Tensor]) -> None:
@@ -514,11 +517,6 @@ class SearchRun(MaskRun):
         self.at(step, passes=best if s.keep == "best" else [updates] * images)
 
 
-def input_error(message: str) -> Exception:
-    from folder import InputError
-    return InputError(message)
-
-
 def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor], prompts: list[str],
                   tile: Callable[[Tensor], int | None] = lambda latents: None) -> Callable[[Tensor], Tensor]:
     """A `MaskSearch`'s score by a reward of pictures (n, 3, H, W) in [0, 1] and their n prompts: larger is better.
@@ -533,12 +531,11 @@ def score_latents(vae: "VAE", reward: Callable[[Tensor, list[str]], Tensor], pro
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-# From here on other files of this project are needed; what is above runs with `unet.py` alone.
 
 KINDS = {"dynamic": DynamicMasks, "static": StaticMasks}
 
 
-def fingerprint(unet: UNet, layers: tuple[str, ...] = LAYERS) -> str:
+def weight_digest(unet: UNet, layers: tuple[str, ...] = LAYERS) -> str:
     """A short name for the weights that are masked: models of one shape differ in it, dtypes of one model don't.
 
     Made of the signs alone: they are what no rounding to float16 or bfloat16 changes, not even to zero.
@@ -555,12 +552,9 @@ def save_masks(masks: DynamicMasks | StaticMasks, path: Path, unet: UNet,
 
     unet: the one that they are for; `load_masks` takes them for no other.
     """
-    from safetensors.torch import save_file
-
-    from folder import replacing
     kind = next(name for name, cls in KINDS.items() if type(masks) is cls)
     facts = {"kind": kind, "settings": masks.settings, "gumbel": asdict(masks.gumbel), "training": training or {},
-             "model": fingerprint(unet, masks.layers)}
+             "model": weight_digest(unet, masks.layers)}
     with replacing(path) as part:
         save_file({name: p.detach().contiguous().cpu() for name, p in masks.state_dict().items()}, part,
                   metadata={"maskunet": json.dumps(facts)})
@@ -568,16 +562,15 @@ def save_masks(masks: DynamicMasks | StaticMasks, path: Path, unet: UNet,
 
 def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
     """Masks for this very U-Net, frozen. InputError where the file is no such file, or was made for another model."""
-    from folder import InputError, check_names, open_safetensors
     another = f"{path} was trained for another model"
-    remedy = "train masks for this U-Net: python maskunet.py train"
+    remedy = "train masks for this U-Net: python train.py masks"
     with open_safetensors(path, "train the masks again") as file:
         try:
             facts = json.loads((file.metadata() or {})["maskunet"])
             masks = KINDS[facts["kind"]](unet, gumbel=Gumbel(**facts["gumbel"]), **facts["settings"])
-            theirs, mine = facts["model"], fingerprint(unet, masks.layers)
+            theirs, mine = facts["model"], weight_digest(unet, masks.layers)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a file of masks ({error}); make one: python maskunet.py train") from None
+            raise InputError(f"{path} is not a file of masks ({error}); make one: python train.py masks") from None
         wanted = masks.state_dict()
         try:
             check_names(list(file.keys()), list(wanted), "it")
@@ -595,9 +588,3 @@ def load_masks(path: Path, unet: UNet) -> DynamicMasks | StaticMasks:
             raise InputError(f"{another} of the same shape: its masks are for the weights {theirs}, but this U-Net's "
                              f"are {mine}; {remedy}")
     return masks.requires_grad_(False)
-
-
-if __name__ == "__main__":
-    from folder import run_command
-    from train_masks import main
-    run_command(main)

@@ -31,6 +31,7 @@ except ImportError:
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from clip_text import TextEncoder, Tokenizer
+from command import InputError, replacing, run_command
 from flags import (
     UNREADABLE,
     check_memory,
@@ -44,17 +45,7 @@ from flags import (
     report,
     sample_settings,
 )
-from folder import (
-    InputError,
-    ModelConfig,
-    build,
-    check_size,
-    load_tokenizer,
-    load_weights,
-    read_config,
-    replacing,
-    run_command,
-)
+from folder import ModelConfig, build, check_size, load_tokenizer, load_weights, read_config
 from freescale import FreeScale, enlarge
 from freeu import FreeU
 from maskunet import Masks, MaskSearch

@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from folder import TINY, InputError, read_config, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import TINY, read_config
 from freescale import FreeScale
 from highres_baselines import demo_fusion, hidiffusion, scale_crafter
 from lab import shapes

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from folder import TINY, InputError, read_config, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import TINY, read_config
 from freeu import PRESETS, FreeU, scale_long, skip_tuning, structure_gain
 from lab.evaluate import evaluate, make_prompts, wilson
 from lab.shapes import KINDS
