@@ -25,10 +25,11 @@ class InputError(ValueError):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default except None, which the help texts explain."""
+    """Shows every default except None, which the help texts explain, and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        default = action.default
+        return action.help if default is None or default is False else super()._get_help_string(action)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -35,7 +35,7 @@ import reward
 import unet
 from checkpoint import FLOATS, Checkpoint, Stored, check_names, joined, json_object, read_checkpoint, read_folder
 from clip_text import TextConfig, TextEncoder
-from command import InputError, run_command
+from command import HelpFormatter, InputError, run_command
 from folder import ModelConfig, write_config
 from reward import ImageConfig, ImageEncoder, ImageRewardConfig, RewardModel
 from sampler import NoiseSchedule
@@ -743,7 +743,7 @@ def write_safetensors(path: Path, origins: dict[str, tuple[Origin, torch.Size]],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter, description=
                                      "Convert a Stable Diffusion checkpoint, or with --reward what judges pictures, to "
                                      "the folder that txt2img.py loads.")
     add = parser.add_argument
@@ -754,7 +754,7 @@ def main() -> None:
     add("--ema", action="store_true", help="take the averaged U-Net of a single file")
     add("--tokenizer", type=Path,
         help="single files need it: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights; None: as stored")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights (default: as stored)")
     add("--config", type=Path, help="a Hugging Face folder whose config files to use instead of the source's; "
                                     "--reward: open_clip_config.json, for a file of OpenCLIP")
     add("--reward", choices=["hps", "imagereward", "clip"],
