@@ -132,7 +132,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A bag of layers; `TextEncoder.forward` calls them (and `ImageEncoder.forward` of `clip_image.py` its own)."""
+    """A bag of layers; `TextEncoder.forward` calls them (and `ImageEncoder.forward` of `reward.py` its own)."""
 
     def __init__(self, config: TextConfig, causal: bool = True):
         super().__init__()

@@ -1,11 +1,10 @@
 """Checkpoints of Stable Diffusion 1.x, 2.x and SDXL, as people have them, to the folder that `txt2img.py` loads.
 
     python convert_weights.py SOURCE OUT_DIR
-
     python convert_weights.py SOURCE OUT_DIR --reward hps      (or imagereward, clip)
 
 SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`. With
---reward it is what judges pictures (`reward.py`) instead of what makes them: start at `convert_reward`.
+--reward it is a model that judges pictures (`reward.py`): start at `convert_reward`. `checkpoint.py` reads the files.
 For each tensor that our modules have, `find` says where it lies in the source and what to do to it: names are made
 from our side, so what is missing and what nobody knows are two set differences. One tensor at a time is in memory.
 Checked against the names and shapes of the published models, diffusers 0.42.1, transformers 5.23, open_clip 3.3.0.
@@ -14,14 +13,12 @@ import argparse
 import contextlib
 import gzip
 import json
+import math
 import os
-import re
 import shutil
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -33,13 +30,14 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import clip_image
 import clip_text
+import reward
 import unet
-from clip_image import ImageConfig, ImageEncoder
+from checkpoint import FLOATS, Checkpoint, Stored, check_names, joined, json_object, read_checkpoint, read_folder
 from clip_text import TextConfig, TextEncoder
-from folder import InputError, ModelConfig, check_names, open_safetensors, run_command, write_config
-from image_reward import ImageRewardConfig, RewardModel
+from command import HelpFormatter, InputError, run_command
+from folder import ModelConfig, write_config
+from reward import ImageConfig, ImageEncoder, ImageRewardConfig, RewardModel
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -57,7 +55,7 @@ FAMILIES = {
 # What is in a reward's folder, by component. HPSv2 and ImageReward are of one size; of other CLIPs a file doesn't tell.
 REWARDS = {
     "hps": {"text_encoder": replace(clip_text.CONFIGS["vit-h"], layers=24, projection=1024),
-            "image_encoder": clip_image.CONFIGS["vit-h"]},
+            "image_encoder": reward.CONFIGS["vit-h"]},
     "imagereward": {"image_reward": ImageRewardConfig()},
 }
 MODULES = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": TextEncoder,
@@ -75,15 +73,6 @@ REWARD_IGNORED = (
     "*position_ids", "attn_mask",                                            # constants
     "blip.vision_proj.*", "blip.text_proj.*",                                # BLIP's own matching; ImageReward has none
 )
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}      # as safetensors files call them
-
-
-class Stored(NamedTuple):
-    """A tensor of the source, not read yet."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
 
 
 class Origin(NamedTuple):
@@ -92,14 +81,20 @@ class Origin(NamedTuple):
     transform: Callable[[Tensor], Tensor] | None = None
 
 
+class Match(NamedTuple):
+    """What `match` finds: by component and name, a tensor's origin and shape; and what is left out, by which rule."""
+    origins: dict[str, dict[str, tuple[Origin, torch.Size]]]
+    dropped: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Summary:
     """What `convert` or `convert_reward` did. Its text is what the command prints at the end."""
     out_dir: Path
     what: str                          # the model, in a few words
     counts: dict[str, Counter[str]]    # by component: how many "tensors", and of these "renamed", "transformed"
-    dropped: dict[str, str]            # what was left out, by name: the pattern that says so
-    unused_ema: bool                   # the file also holds averaged weights
+    dropped: dict[str, str]            # what was left out, by name: the rule that says so
+    unused_ema: bool = False           # the file also holds averaged weights
 
     def __str__(self) -> str:
         lines = [f"{self.out_dir}: {self.what}"]
@@ -128,34 +123,29 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
     source, out_dir = Path(source), Path(out_dir)
     check_empty(out_dir)
     configs = source if config is None else Path(config)
-    with contextlib.ExitStack() as stack:
-        if source.is_dir():
-            model = hf_config(configs, prediction)
-            parts = components(configs_of(model))
-            stored, others = hf_weights(source, list(parts), stack)
-            layout = {part: (f"{part}/", {}) for part in parts}
-        else:
-            stored, others = read_weights(source, stack)
-            family = detect(stored, source)
-            model = family_config(family, prediction, source) if config is None else hf_config(configs, prediction)
-            if model.family != family:
-                raise InputError(f"{source} is {family}, but {config} describes {model.family}; give its configs")
-            parts = components(configs_of(model))
-            layout = single_file_layout(model)
+    if source.is_dir():
+        model = hf_config(configs, prediction)
+        parts = components(configs_of(model))
+        given = joined(source, [(f"{part}/", read_folder(source / part)) for part in parts])
+        layout = {part: (f"{part}/", {}) for part in parts}
+    else:
+        given = read_checkpoint(source)
+        family = detect(given)
+        model = family_config(family, prediction, source) if config is None else hf_config(configs, prediction)
+        if model.family != family:
+            raise InputError(f"{source} is {family}, but {config} describes {model.family}; give its configs")
+        parts, layout = components(configs_of(model)), single_file_layout(model)
 
-        origins, dropped = plan(model, parts, layout, stored, ema, source)
-        own = (source if source.is_dir() else configs) / "tokenizer"
-        vocab, merges = read_vocabulary(own if tokenizer is None else Path(tokenizer))
-        model = with_pads(model, vocab, configs)
-
-        with new_folder(out_dir) as out:
-            for part, module in parts.items():
-                write_safetensors(out / f"{part}.safetensors", module, origins[part], stored, dtype)
-            build_tokenizer(vocab, merges).save(str(out / "tokenizer.json"))
-            write_config(out, model)
-    unused_ema = not ema and sum(name.startswith("model_ema.") for name in stored) >= 100
+    if ema and not any(name.startswith("model_ema.diffusion_model") for name in given.tensors):
+        raise InputError(f"{source} holds no averaged weights (model_ema.*); leave --ema out")
+    found = match(parts, layout, given, ignored_by(model, ema), OTHER_WIDTHS, ema)
+    own = (source if source.is_dir() else configs) / "tokenizer"
+    vocab, merges = read_vocabulary(own if tokenizer is None else Path(tokenizer))
+    model = with_pads(model, vocab, configs)
     what = f"{model.family}, {model.prediction}, {model.size} pixels"
-    return Summary(out_dir, what, count(origins, layout), dropped | {name: name for name in others}, unused_ema)
+    summary = write_folder(out_dir, given, found, build_tokenizer(vocab, merges), model, dtype, what)
+    averaged = sum(name.startswith("model_ema.") for name in given.tensors)
+    return replace(summary, unused_ema=not ema and averaged >= 100)
 
 
 def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokenizer: str | Path | None = None,
@@ -172,65 +162,42 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
     check_empty(out_dir)
     if config is not None and (source.is_dir() or kind == "imagereward"):
         raise InputError("--config is for files of OpenCLIP: leave it out")
-    with contextlib.ExitStack() as stack:
-        if source.is_dir() and kind == "clip":
-            configs = hf_clip(source)
-            tensors = [read_weights(path, stack) for path in weight_files(source)]
-            stored = {name: tensor for some, _ in tensors for name, tensor in some.items()}
-            others = [name for _, rest in tensors for name in rest]
-        elif source.is_dir():
-            raise InputError(f"{source} is a folder; give the file that was published, such as "
-                             f"{'ImageReward.pt' if kind == 'imagereward' else 'HPS_v2.1_compressed.pt'}")
-        else:
-            stored, others = read_weights(source, stack)
-            check_kind(stored, kind, source)
-            if kind == "clip" and config is None:
-                raise InputError(f"{source} doesn't tell how many heads its towers have; give the model's "
-                                 "open_clip_config.json with --config")
-            configs = REWARDS[kind] if config is None else openclip_config(Path(config))
-        parts = components(configs)
-        names = {} if source.is_dir() or kind == "imagereward" else {
-            "text_encoder": openclip_names(configs["text_encoder"]),
-            "image_encoder": openclip_image_names(configs["image_encoder"])}
-        layout = {part: ("", names.get(part, {})) for part in parts}
-        origins = {part: {name: find(name, *layout[part], stored) for name in module.state_dict()}
-                   for part, module in parts.items()}
-        remedy = OTHER_WIDTHS if names else "download it again"
-        dropped = account(origins, parts, stored, REWARD_IGNORED, source, remedy)
+    if source.is_dir() and kind != "clip":
+        raise InputError(f"{source} is a folder; give the file that was published, such as "
+                         f"{'ImageReward.pt' if kind == 'imagereward' else 'HPS_v2.1_compressed.pt'}")
+    if source.is_dir():
+        configs, given = hf_clip(source), read_folder(source)
+    else:
+        given = read_checkpoint(source)
+        check_kind(given, kind)
+        if kind == "clip" and config is None:
+            raise InputError(f"{source} doesn't tell how many heads its towers have; give the model's "
+                             "open_clip_config.json with --config")
+        configs = REWARDS[kind] if config is None else openclip_config(Path(config))
+    parts = components(configs)
+    names = {} if source.is_dir() or kind == "imagereward" else {
+        "text_encoder": openclip_names(configs["text_encoder"]),
+        "image_encoder": openclip_image_names(configs["image_encoder"])}
+    layout = {part: ("", names.get(part, {})) for part in parts}
+    found = match(parts, layout, given, REWARD_IGNORED, OTHER_WIDTHS if names else "download it again")
 
-        if tokenizer is None and not source.is_dir():
-            wanted = ("BERT's vocab.txt (that of bert-base-uncased)" if kind == "imagereward" else
-                      "a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
-            raise InputError(f"{source} holds no vocabulary; pass --tokenizer: {wanted}")
-        words = Path(tokenizer or source)
-        built = build_word_pieces(read_word_pieces(words)) if kind == "imagereward" else build_tokenizer(
-            *read_vocabulary(words))
-        size, knows = built.get_vocab_size(), next(iter(configs.values())).vocab
-        if size != knows:
-            raise InputError(f"{words} has {size} tokens, but the text tower {knows}; pass the model's own --tokenizer")
-
-        with new_folder(out_dir) as out:
-            for part, module in parts.items():
-                write_safetensors(out / f"{part}.safetensors", module, origins[part], stored, dtype)
-            built.save(str(out / "tokenizer.json"))
-            data = {part: asdict(entries) for part, entries in configs.items()}
-            (out / "config.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    total = sum(p.numel() for module in parts.values() for p in module.parameters())
-    return Summary(out_dir, f"{kind}, {total:,} parameters", count(origins, layout),
-                   dropped | {name: name for name in others}, False)
+    if tokenizer is None and not source.is_dir():
+        wanted = ("BERT's vocab.txt (that of bert-base-uncased)" if kind == "imagereward" else
+                  "a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
+        raise InputError(f"{source} holds no vocabulary; pass --tokenizer: {wanted}")
+    words = Path(tokenizer or source)
+    built = build_word_pieces(read_word_pieces(words)) if kind == "imagereward" else build_tokenizer(
+        *read_vocabulary(words))
+    size, knows = built.get_vocab_size(), next(iter(configs.values())).vocab
+    if size != knows:
+        raise InputError(f"{words} has {size} tokens, but the text tower {knows}; pass the model's own --tokenizer")
+    total = sum(math.prod(shape) for part in found.origins.values() for _, shape in part.values())
+    return write_folder(out_dir, given, found, built, configs, dtype, f"{kind}, {total:,} parameters")
 
 
 def check_empty(out_dir: Path) -> None:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir} exists and isn't empty; remove it or choose another OUT_DIR")
-
-
-def count(origins: dict[str, dict[str, Origin]],
-          layout: dict[str, tuple[str, dict[str, str]]]) -> dict[str, Counter[str]]:
-    """For a `Summary`."""
-    return {part: Counter(tensors=len(named), transformed=sum(o.transform is not None for o in named.values()),
-                          renamed=sum(o.key != layout[part][0] + name for name, o in named.items()))
-            for part, named in origins.items()}
 
 
 def configs_of(model: ModelConfig) -> dict[str, Any]:
@@ -248,159 +215,64 @@ def components(configs: dict[str, Any]) -> dict[str, nn.Module]:
         raise InputError(f"the config files describe no model that can be built ({error}); check them") from None
 
 
-def plan(model: ModelConfig, parts: dict[str, nn.Module], layout: dict[str, tuple[str, dict[str, str]]],
-         stored: dict[str, Stored], ema: bool, source: Path,
-         ) -> tuple[dict[str, dict[str, Origin]], dict[str, str]]:
-    """The origin of every tensor by component, and what is dropped by which pattern; InputError for misfits."""
-    origins = {part: {name: find(name, *layout[part], stored) for name in module.state_dict()}
-               for part, module in parts.items()}
-    ignored = list(IGNORED)
-    if layout["text_encoder"][0] == "cond_stage_model.model.":               # SD 2.x doesn't run the last layer
-        ignored.append(f"cond_stage_model.model.transformer.resblocks.{model.text_encoder.layers}.*")
+def ignored_by(model: ModelConfig, ema: bool = False) -> list[str]:
+    """What a checkpoint of this model may hold and the model doesn't read: SD 2.x, for one, skips the last layer."""
+    return [*IGNORED, f"cond_stage_model.model.transformer.resblocks.{model.text_encoder.layers}.*",
+            *(["model.diffusion_model.*"] if ema else [])]
+
+
+def match(parts: dict[str, nn.Module], layout: dict[str, tuple[str, dict[str, str]]], given: Checkpoint,
+          ignored: Iterable[str], remedy: str, ema: bool = False) -> Match:
+    """The origin of every tensor; InputError for one that is absent, unknown, quantised or of another shape.
+
+    layout: by component, what its names begin with in the source, and the names that differ. remedy: for another shape
+    """
+    origins = {part: {name: (find(name, *layout[part], given.tensors), tensor.shape)
+                      for name, tensor in module.state_dict().items()} for part, module in parts.items()}
     if ema:
-        if not any(name.startswith("model_ema.diffusion_model") for name in stored):
-            raise InputError(f"{source} holds no averaged weights (model_ema.*); leave --ema out")
-        origins["unet"] = {name: Origin("model_ema." + origin.key.removeprefix("model.").replace(".", ""))
-                           for name, origin in origins["unet"].items()}
-        ignored.append("model.diffusion_model.*")
-    return origins, account(origins, parts, stored, ignored, source, OTHER_WIDTHS)
-
-
-def account(origins: dict[str, dict[str, Origin]], parts: dict[str, nn.Module], stored: dict[str, Stored],
-            ignored: Iterable[str], source: Path, remedy: str) -> dict[str, str]:
-    """What is dropped by which pattern; InputError for a tensor that is absent, unknown or of another shape."""
-    keys = {origin.key for named in origins.values() for origin in named.values()}
-    dropped = {name: rule for name in stored if name not in keys for rule in ignored if fnmatchcase(name, rule)}
-    for part, module in parts.items():
-        for name, tensor in module.state_dict().items():
-            if origins[part][name].key in stored:
-                check_tensor(origins[part][name], stored, tensor.shape, source, remedy)
-    check_names([name for name in stored if name not in dropped], sorted(keys), str(source))
-    return dropped
+        origins["unet"] = {name: (Origin("model_ema." + origin.key.removeprefix("model.").replace(".", "")), shape)
+                           for name, (origin, shape) in origins["unet"].items()}
+    every = [pair for named in origins.values() for pair in named.values()]
+    keys = {origin.key for origin, _ in every}
+    dropped = {name: rule for name in given.tensors if name not in keys for rule in ignored if fnmatchcase(name, rule)}
+    for origin, shape in every:
+        if origin.key in given.tensors:
+            check_tensor(origin, given, shape, remedy)
+    check_names([name for name in given.tensors if name not in dropped], sorted(keys), str(given.path))
+    return Match(origins, dropped)
 
 
 OTHER_WIDTHS = "if this is a model with other widths, give its config files with --config"
 
 
-def check_tensor(origin: Origin, stored: dict[str, Stored], shape: torch.Size, source: Path, remedy: str) -> None:
+def check_tensor(origin: Origin, given: Checkpoint, shape: torch.Size, remedy: str) -> None:
     """InputError unless the stored tensor holds floating point numbers and, transformed, gets the wanted shape."""
-    have = stored[origin.key]
-    if have.dtype not in DTYPES.values():
-        raise InputError(f"{source}: {origin.key} is not floating point; get a version that isn't quantised")
+    have = given.tensors[origin.key]
+    if have.dtype not in FLOATS.values():
+        raise InputError(f"{given.path}: {origin.key} is not floating point; get a version that isn't quantised")
     try:
         result = torch.empty(have.shape, device="meta")
         result = result if origin.transform is None else origin.transform(result)
     except RuntimeError:
         result = None
     if result is None or result.shape != shape:
-        raise InputError(f"{source}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; {remedy}")
-
-
-# ---- reading weights ----
-
-def read_weights(path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of one file by name, and the names of its entries that are none. The stack closes the file."""
-    if not path.is_file():
-        raise InputError(f"there is no file or folder {path}; give a Hugging Face folder or a .safetensors file")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, stack), []
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        return read_pickle(path)
-    raise InputError(f"{path} is neither a folder nor a .safetensors or .ckpt file; give one of these")
-
-
-def read_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
-    with open_safetensors(path):                     # an InputError unless it is complete and well-formed
-        pass
-    # From here by hand: the library maps the file, and what was touched of a map counts as this program's memory.
-    file = stack.enter_context(path.open("rb"))
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-
-    def read(begin: int, end: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        data = bytearray(end - begin)
-        file.seek(8 + size + begin)
-        file.readinto(data)
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-    stored = {}
-    for name, entry in header.items():
-        shape, dtype = entry["shape"], DTYPES.get(entry["dtype"], torch.uint8)
-        stored[name] = Stored(tuple(shape), dtype, partial(read, *entry["data_offsets"], dtype, shape))
-    return stored
-
-
-def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
-    """A file of torch.save. Pickles can run code, so what `weights_only` doesn't allow is never loaded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")          # it warns of TorchScript, and then refuses it: see below
-            data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:                       # a damaged pickle can raise anything
-        if "TorchScript" in str(error):              # as OpenAI published CLIP
-            raise InputError(f"{path} is a program of TorchScript, not a file of weights; get this model as a Hugging "
-                             "Face folder") from None
-        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
-        if refused:
-            raise InputError(f"{path} holds more than tensors ({refused[1]}); loading that could run code hidden "
-                             f"in the file, so it was not loaded; get this model as .safetensors") from None
-        raise InputError(f"{path} is not a complete PyTorch weights file ({type(error).__name__}); "
-                         f"download it again") from None
-    tensors = data.get("state_dict", data) if isinstance(data, dict) else {}
-    tensors = tensors if isinstance(tensors, dict) else {}
-    stored = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
-              for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    if not stored:
-        raise InputError(f"{path} holds no tensors, so it isn't a model; give a checkpoint")
-    beside = [name for name in data if name != "state_dict"] if tensors is not data else []
-    return stored, [str(name) for name in [*beside, *tensors] if name not in stored]
-
-
-def hf_weights(folder: Path, parts: list[str], stack: contextlib.ExitStack) -> tuple[dict[str, Stored], list[str]]:
-    """All tensors of a Hugging Face folder, named "unet/conv_in.weight" and so on."""
-    stored, others = {}, []
-    for part in parts:
-        for path in weight_files(folder / part):
-            tensors, rest = read_weights(path, stack)
-            stored |= {f"{part}/{name}": tensor for name, tensor in tensors.items()}
-            others += [f"{part}/{name}" for name in rest]
-    return stored, others
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """One component's file, or its shards: safetensors before pickles, full precision before fp16."""
-    for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json",
-                   ".bin", ".bin.index.json", ".fp16.bin"):
-        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
-            path = folder / (stem + ending)
-            if path.is_file() and path.suffix != ".json":
-                return [path]
-            if path.is_file():
-                with json_object(path) as index:
-                    shards = [folder / name for name in sorted(set(index["weight_map"].values()))]
-                for shard in shards:
-                    if not shard.is_file():
-                        raise InputError(f"{path} lists {shard.name}, which isn't there; download it too")
-                return shards
-    raise InputError(f"{folder} has no weights (diffusion_pytorch_model or model, as .safetensors, "
-                     f".fp16.safetensors or .bin); download them")
+        raise InputError(f"{given.path}: {origin.key} has shape {have.shape}, but {tuple(shape)} is needed; {remedy}")
 
 
 # ---- what the source is ----
 
-def detect(stored: dict[str, Stored], source: Path) -> str:
+def detect(given: Checkpoint) -> str:
     """The family of a single file, from its names; InputError where it is something else."""
     def has(text: str) -> bool:
-        return any(text in name for name in stored)
+        return any(text in name for name in given.tensors)
 
-    conv_in = stored.get("model.diffusion_model.input_blocks.0.0.weight")
+    source, conv_in = given.path, given.tensors.get("model.diffusion_model.input_blocks.0.0.weight")
     if conv_in is None:
         kinds = {"lora": "a LoRA", "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux",
                  "control_model.": "a ControlNet", "decoder.": "an autoencoder alone",
                  "text_model.": "a text encoder alone",
                  "down_blocks.": "one part of a Hugging Face folder: give the folder"}
-        first = next(iter(stored), "absent")
+        first = next(iter(given.tensors), "absent")
         kind = next((kind for text, kind in kinds.items() if has(text)), f"its first tensor is {first}")
         raise InputError(f"{source} is not a whole SD 1.x, 2.x or SDXL model in the original layout ({kind})")
     check_inputs(conv_in.shape[1] if len(conv_in.shape) == 4 else 4, source)
@@ -413,19 +285,19 @@ def detect(stored: dict[str, Stored], source: Path) -> str:
     raise InputError(f"{source} has no text encoder (cond_stage_model.* or conditioner.*); get the complete model")
 
 
-def check_kind(stored: dict[str, Stored], kind: str, source: Path) -> None:
+def check_kind(given: Checkpoint, kind: str) -> None:
     """InputError unless the names of a file are those of this kind of reward."""
     marks = {"ln_final.weight": ("hps", "clip"), "blip.visual_encoder.cls_token": ("imagereward",)}
-    if any(kind in kinds and name in stored for name, kinds in marks.items()):
+    if any(kind in kinds and name in given.tensors for name, kinds in marks.items()):
         return
     names = {"ln_final.weight": "it is a CLIP of OpenCLIP: --reward clip, or hps if it is HPSv2's",
              "blip.visual_encoder.cls_token": "it is ImageReward: --reward imagereward",
              "vision_model.post_layernorm.weight": "it is a CLIP of Hugging Face: give its folder, with --reward clip",
              "model.diffusion_model.input_blocks.0.0.weight": "it is a Stable Diffusion model: leave out --reward"}
-    first = next(iter(stored), "absent")
-    found = next((text for name, text in names.items() if name in stored), f"its first tensor is {first}")
+    first = next(iter(given.tensors), "absent")
+    found = next((text for name, text in names.items() if name in given.tensors), f"its first tensor is {first}")
     wanted = {"hps": "HPSv2 in OpenCLIP's layout", "clip": "a CLIP in OpenCLIP's layout", "imagereward": "ImageReward"}
-    raise InputError(f"{source} is not {wanted[kind]} ({found})")
+    raise InputError(f"{given.path} is not {wanted[kind]} ({found})")
 
 
 def check_inputs(channels: int, where: Path) -> None:
@@ -441,21 +313,6 @@ def family_config(family: str, prediction: str | None, source: Path) -> ModelCon
                          f"pass --prediction v (768-pixel models) or --prediction epsilon (512-pixel base models)")
     model = replace(FAMILIES[family], prediction=prediction or FAMILIES[family].prediction)
     return replace(model, size=512) if (family, prediction) == ("sd21", "epsilon") else model
-
-
-@contextlib.contextmanager
-def json_object(path: Path) -> Iterator[dict[str, Any]]:
-    """A JSON file while the block reads it; entries that are absent or of the wrong kind become an InputError."""
-    try:
-        yield json.loads(path.read_text(encoding="utf-8"))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}; get the complete Hugging Face folder") from None
-    except KeyError as error:
-        raise InputError(f"{path} lacks the entry {error}; download it again") from None
-    except (AttributeError, IndexError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path} can't be read as a config file ({error}); download it again") from None
 
 
 def require(path: Path, data: dict[str, Any], **wanted: Any) -> None:
@@ -535,23 +392,25 @@ def hf_vae(path: Path) -> VAEConfig:
                          bool(data.get("force_upcast", False)))
 
 
+TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+              "intermediate_size")                   # in the order of TextConfig
+IMAGE_SIZES = ("image_size", "patch_size", *TEXT_SIZES[2:])            # and of ImageConfig
+
+
 def hf_text(path: Path, usual: TextConfig) -> TextConfig:
     """text_encoder/config.json. What the U-Net reads of the encoder isn't written there: as `usual` has it."""
     with json_object(path) as data:
         gelu = "gelu" if data["hidden_act"] == "gelu" else "quick_gelu"
         require(path, data, model_type="clip_text_model", layer_norm_eps=1e-5, hidden_act=gelu)
-        return TextConfig(data["vocab_size"], data["max_position_embeddings"], data["hidden_size"],
-                          data["num_hidden_layers"], data["num_attention_heads"], data["intermediate_size"], gelu,
-                          usual.output, data["projection_dim"] if usual.projection else None, usual.pad)
+        return TextConfig(*(data[name] for name in TEXT_SIZES), gelu, usual.output,
+                          data["projection_dim"] if usual.projection else None, usual.pad)
 
 
 def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
     """config.json of the Hugging Face folder of a CLIP. What it leaves out is as in transformers' classes."""
     path, both = folder / "config.json", {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    usual_text = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512, "num_hidden_layers": 12,
-                  "num_attention_heads": 8, "intermediate_size": 2048, **both}
-    usual_image = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
-                   "num_attention_heads": 12, "intermediate_size": 3072, "num_channels": 3, **both}
+    usual_text = both | dict(zip(TEXT_SIZES, (49408, 77, 512, 12, 8, 2048)))
+    usual_image = both | dict(zip(IMAGE_SIZES, (224, 32, 768, 12, 12, 3072)))
     with json_object(path) as data:
         require(path, data, model_type="clip")
         text, image = usual_text | data["text_config"], usual_image | data["vision_config"]
@@ -559,12 +418,9 @@ def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
             gelu = "gelu" if entries["hidden_act"] == "gelu" else "quick_gelu"
             require(path, entries, layer_norm_eps=1e-5, hidden_act=gelu, num_channels=3)
         width = data.get("projection_dim", 512)
-        # nothing that stands behind the end token is seen from there, so that the padding doesn't matter
-        text = TextConfig(text["vocab_size"], text["max_position_embeddings"], text["hidden_size"],
-                          text["num_hidden_layers"], text["num_attention_heads"], text["intermediate_size"],
-                          text["hidden_act"], projection=width, pad=0)
-        image = ImageConfig(image["image_size"], image["patch_size"], image["hidden_size"], image["num_hidden_layers"],
-                            image["num_attention_heads"], image["intermediate_size"], image["hidden_act"], width)
+        # attention is causal: the end token's vector does not depend on the padding after it
+        text = TextConfig(*(text[name] for name in TEXT_SIZES), text["hidden_act"], projection=width, pad=0)
+        image = ImageConfig(*(image[name] for name in IMAGE_SIZES), image["hidden_act"], width)
         check_heads(text, image)
     colors = folder / "preprocessor_config.json"
     if colors.is_file():
@@ -834,9 +690,23 @@ def with_pads(model: ModelConfig, vocab: dict[str, int], folder: Path) -> ModelC
 
 # ---- writing ----
 
+def write_folder(out_dir: Path, given: Checkpoint, found: Match, tokenizer: tokenizers.Tokenizer, config: Any,
+                 dtype: torch.dtype | None, what: str) -> Summary:
+    """Write all files of a model or reward, or none of them where an error comes. what: the model, in a few words"""
+    with new_folder(out_dir) as out:
+        for part, origins in found.origins.items():
+            write_safetensors(out / f"{part}.safetensors", origins, given, dtype)
+        tokenizer.save(str(out / "tokenizer.json"))
+        write_config(out, config)
+    counts = {part: Counter(tensors=len(origins), transformed=sum(o.transform is not None for o, _ in origins.values()),
+                            renamed=sum(not o.key.endswith(name) for name, (o, _) in origins.items()))
+              for part, origins in found.origins.items()}
+    return Summary(out_dir, what, counts, found.dropped | {name: name for name in given.others})
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which becomes `path` only if the block ends without an error."""
+    """A temporary folder next to `path`, which becomes `path` only if the block ends without an error."""
     part = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
@@ -850,29 +720,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_safetensors(path: Path, module: nn.Module, origins: dict[str, Origin], stored: dict[str, Stored],
+def write_safetensors(path: Path, origins: dict[str, tuple[Origin, torch.Size]], given: Checkpoint,
                       dtype: torch.dtype | None) -> None:
     """One component: the header first, from what is known without reading, then tensor after tensor."""
-    dtypes = {name: dtype or stored[origin.key].dtype for name, origin in origins.items()}
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    dtypes = {name: dtype or given.tensors[origin.key].dtype for name, (origin, _) in origins.items()}
+    codes = {dtype: code for code, dtype in FLOATS.items()}
     names = sorted(origins, key=lambda name: (-dtypes[name].itemsize, name))     # widest first keeps all aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        begin, end = end, end + shapes[name].numel() * dtypes[name].itemsize
-        header[name] = {"dtype": codes[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+        shape = origins[name][1]
+        begin, end = end, end + shape.numel() * dtypes[name].itemsize
+        header[name] = {"dtype": codes[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name in tqdm(names, desc=path.stem, unit=" tensors", disable=None):
-            tensor, transform = stored[origins[name].key].read(), origins[name].transform
+            (key, transform), _ = origins[name]
+            tensor = given.tensors[key].read()
             tensor = (tensor if transform is None else transform(tensor)).to(dtypes[name]).contiguous()
             file.write(tensor.view(torch.uint8).numpy())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter, description=
                                      "Convert a Stable Diffusion checkpoint, or with --reward what judges pictures, to "
                                      "the folder that txt2img.py loads.")
     add = parser.add_argument
@@ -883,21 +754,20 @@ def main() -> None:
     add("--ema", action="store_true", help="take the averaged U-Net of a single file")
     add("--tokenizer", type=Path,
         help="single files need it: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights; None: as stored")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights (default: as stored)")
     add("--config", type=Path, help="a Hugging Face folder whose config files to use instead of the source's; "
                                     "--reward: open_clip_config.json, for a file of OpenCLIP")
     add("--reward", choices=["hps", "imagereward", "clip"],
         help="SOURCE judges pictures: HPS_v2.1_compressed.pt, ImageReward.pt, or a CLIP as Hugging Face folder or "
              "OpenCLIP file; ImageReward's --tokenizer is the vocab.txt of bert-base-uncased")
     args = parser.parse_args()
-    if args.reward is not None:
-        if args.prediction is not None or args.ema:
-            raise InputError("--prediction and --ema are for Stable Diffusion models; leave them out with --reward")
-        print(convert_reward(args.source, args.out_dir, args.reward, tokenizer=args.tokenizer,
-                             dtype=args.dtype and getattr(torch, args.dtype), config=args.config))
-        return
-    print(convert(args.source, args.out_dir, prediction=args.prediction, ema=args.ema, tokenizer=args.tokenizer,
-                  dtype=args.dtype and getattr(torch, args.dtype), config=args.config))
+    common = dict(tokenizer=args.tokenizer, dtype=args.dtype and getattr(torch, args.dtype), config=args.config)
+    if args.reward is None:
+        print(convert(args.source, args.out_dir, prediction=args.prediction, ema=args.ema, **common))
+    elif args.prediction is not None or args.ema:
+        raise InputError("--prediction and --ema are for Stable Diffusion models; leave them out with --reward")
+    else:
+        print(convert_reward(args.source, args.out_dir, args.reward, **common))
 
 
 if __name__ == "__main__":

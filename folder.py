@@ -1,38 +1,28 @@
-"""The model folder: what `convert_weights.py` and `lab/train_tiny.py` write and `txt2img.py` loads, and how it is read.
+"""The model folder: `convert_weights.py` and `lab/train_tiny.py` write it, `txt2img.py` loads it.
 
 config.json                 family, prediction, schedule, native size, and the config of every component
 unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
-Also here: `InputError`, the one kind of error that a command shows as a single line, and `run_command`, which does so.
+
+Start at `read_config` and `load_weights`. Reading is strict: what is absent, unknown or of another shape is an
+InputError. The folder of a reward (`reward.py`) is read by the same functions.
 """
-import contextlib
-import ctypes
-import difflib
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from checkpoint import check_names, nearest, open_safetensors
 from clip_text import TextConfig, Tokenizer
+from command import InputError, replacing
 from sampler import NoiseSchedule
 from unet import UNetConfig
 from vae import VAEConfig
-
-UMASK = os.umask(0)                              # the only way to read it is to set it
-os.umask(UMASK)
-
-
-class InputError(ValueError):
-    """Something that a person gave is wrong. The message is one sentence: what, where, what to do."""
-
 
 FAMILIES = ("sd15", "sd21", "sdxl", "tiny")
 TINY = Path(__file__).resolve().parent / "models" / "tiny"      # the embedded model
@@ -115,10 +105,10 @@ def is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def write_config(folder: Path, config: ModelConfig) -> None:
-    """Write config.json, from which `read_config` makes the same object again."""
+def write_config(folder: Path, config: Any) -> None:
+    """Write config.json. config: a `ModelConfig`, which `read_config` reads back, or a dict of configs."""
     with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+        path.write_text(json.dumps(config, default=asdict, indent=1) + "\n", encoding="utf-8")
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
@@ -187,91 +177,3 @@ def load_tokenizer(path: Path, vocab: int) -> Tokenizer:
         raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows {vocab}; convert the "
                          "model again with the tokenizer that belongs to it")
     return tokenizer
-
-
-def check_names(have: list[str], wanted: list[str], where: str) -> None:
-    """InputError for the first name too many or too few, with the nearest known one."""
-    missing, unknown = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
-    if unknown:
-        raise InputError(f"{where} has {len(unknown)} tensors that this model doesn't know, the first is "
-                         f"{unknown[0]}{nearest(unknown[0], missing or wanted)}")
-    if missing:
-        raise InputError(f"{where} lacks {len(missing)} tensors of this model, the first is {missing[0]}")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A hint for an unknown name, to be appended to a message."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-@contextlib.contextmanager
-def open_safetensors(path: Path, remedy: str = "convert the model again") -> Iterator[Any]:
-    """A safetensors file, mapped; InputError where it is absent, cut short or something else."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; {remedy}")
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a complete safetensors file ({error}); download or convert it again") from None
-    with file:
-        yield file
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` only if the block ends without an error."""
-    part = path.with_name(f".{os.getpid()}.{path.name[-40:]}.part")    # no longer than a name may be
-    try:
-        yield part
-        part.chmod(0o666 & ~UMASK)               # safetensors makes its files readable by their owner only
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"can't write {path} ({error.strerror or error}); choose another place") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def reuse_memory() -> None:
-    """Let freed memory stay with this process, and let tensors have large pages. On Linux; elsewhere nothing happens.
-
-    Without it, most tensors of some MB are new memory from the system, filled with zeros in pages of 4 KB: a sixth of
-    the time of SD 1.5's U-Net, and a quarter of its decoder's, see benchmarks/README.md. PyTorch must not have made
-    a tensor before.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # PyTorch's switch for large pages
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim, mapped = -1, -3                                          # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        libc.mallopt(mapped, 32 << 20)                                 # larger ones fragment: the decoder's peak rises
-        libc.mallopt(trim, 256 << 20)
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's main(): bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
-    reuse_memory()
-    try:
-        main()
-    except InputError as error:
-        sys.exit(complain(str(error), 2))
-    except torch.OutOfMemoryError:
-        sys.exit(complain(OUT_OF_MEMORY, 2))
-    except (MemoryError, RuntimeError) as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(complain(f"torch.compile fails here ({str(error).splitlines()[0]}): leave out --compile", 2))
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
-            raise
-        sys.exit(complain(OUT_OF_MEMORY, 2))
-    except KeyboardInterrupt:
-        sys.exit(complain("stopped; finished files are kept", 130))
-    except BrokenPipeError:                                            # whoever reads the output has enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a smaller --width and --height, "
-                 "--batch-size 1, --low-memory, or --vae-tile 64")
-
-
-def complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

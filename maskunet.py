@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from folder import InputError, check_names, open_safetensors, replacing
+from checkpoint import check_names, open_safetensors
+from command import InputError, replacing
 from unet import UNet
 
 # The layers that are masked, by the ends of their names in the up blocks: 72 in SD 1.x, 5.7 % of the weights

@@ -26,9 +26,8 @@ try:
 except ImportError:
     resource = None
 
-from command import HelpFormatter, InputError, check_device, check_flags, check_writable, run_command
-
 from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
+from command import HelpFormatter, InputError, check_device, check_flags, check_writable, run_command
 from folder import TINY, ModelConfig, check_size, read_config
 from freescale import FreeScale
 from freeu import FreeU, ScaleLong, SkipTuning
@@ -98,8 +97,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="(default: float16 on a GPU, float32 elsewhere)")
     group = parser.add_argument_group("techniques, with their settings: values in order, then name=value")
     for name, (_, kinds, said) in TECHNIQUES.items():
-        group.add_argument(f"--{name}", metavar="SETTINGS", type=reader(kinds), help=said,
-                           nargs="?" if name == "freeu" else None, const=FreeU())
+        alone = {"nargs": "?", "const": FreeU()} if name == "freeu" else {}
+        group.add_argument(f"--{name}", metavar="SETTINGS", type=reader(kinds), help=said, **alone)
     group.add_argument("--compare", action="store_true", help="also draw each picture without cache and T-GATE, for a "
                        "sheet of both and the speed-up")
     group.add_argument("--help-technique", choices=TECHNIQUES, metavar="NAME", action=HelpTechnique,

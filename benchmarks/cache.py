@@ -26,12 +26,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate
-from folder import TINY, InputError, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import TINY
 from lab.evaluate import evaluate
 from lab.freeu_study import mixed_prompts, paired_interval
 from memory import measure, run_macs, unit_macs
+from pictures import psnr
 from sampler import generate
-from txt2img import StableDiffusion, psnr
+from stable_diffusion import StableDiffusion
 from unet import CONFIGS, UNet, sinusoid
 
 Techniques = dict[str, Any]                                # the arguments `cache` and `tgate` of a run

@@ -18,9 +18,9 @@ try:
 except ImportError:                                # Windows
     resource = None
 
+from command import InputError, check_device, run_command
 from convert_weights import FAMILIES
-from flags import check_device
-from folder import TINY, InputError, read_config, run_command
+from folder import TINY, read_config
 from freescale import FreeScale
 from freeu import PRESETS, FreeU
 from memory import StagePlan, plan_stages

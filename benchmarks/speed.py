@@ -44,21 +44,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from clip_text import TextConfig, TextEncoder
+from command import InputError, replacing, run_command
 from convert_weights import FAMILIES
-from folder import (
-    TINY,
-    InputError,
-    ModelConfig,
-    build,
-    load_weights,
-    read_config,
-    replacing,
-    run_command,
-    write_config,
-)
+from folder import TINY, ModelConfig, build, load_weights, read_config, write_config
 from lab.freeu_study import mixed_prompts
 from memory import FusedAttention, Meter, weight_bytes
-from txt2img import StableDiffusion
+from stable_diffusion import StableDiffusion
 from unet import UNet
 from vae import VAE
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.cache import against_first, alternate
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate
-from folder import TINY, InputError, read_config, run_command
+from command import InputError, run_command
+from folder import TINY, read_config
 from freeu import PRESETS, FreeU
 from lab.evaluate import evaluate
 from lab.freeu_study import (
@@ -36,8 +37,9 @@ from lab.freeu_study import (
     write_json,
 )
 from memory import run_macs
+from pictures import psnr
 from sampler import SAMPLERS, plan
-from txt2img import StableDiffusion, psnr
+from stable_diffusion import StableDiffusion
 from unet import UNet
 
 # ---------------------------------------------------------------------------------------------- features over the steps

@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from flags import parse_arguments, sample_settings
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_image import ImageEncoder
-from flags import parse_arguments, sample_settings
-from folder import InputError, read_config, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import read_config
 from lab import shapes
-from reward import ClipReward
-from txt2img import StableDiffusion, peak_memory
+from reward import ClipReward, ImageEncoder, load_reward
+from stable_diffusion import StableDiffusion
+from txt2img import peak_memory
 
 BENCH = Path(__file__).with_name("bench.jsonl")
 
@@ -341,7 +342,7 @@ def main() -> None:
         return show(compare(own.compare), f"{own.compare[1]} minus {own.compare[0]}")
     args = parse_arguments(["the benchmark", *rest])
     if own.retrieval:
-        reward = ClipReward.load(args.model / "clip")
+        reward = load_reward(args.model / "clip")
         for split in ("train", "unseen"):
             show(retrieval(reward, own.retrieval, split), f"the true caption first among 64 hard ones, {split}")
         return None
@@ -371,7 +372,7 @@ def main() -> None:
                  "settings": {name: value if isinstance(value, (int, float, str, type(None))) else repr(value)
                               for name, value in settings.items()}}
     sd = StableDiffusion.load(args.model, args.device, args.dtype)
-    reward = ClipReward.load(clip, args.device, args.dtype) if clip.exists() else None
+    reward = load_reward(clip, args.device, args.dtype) if clip.exists() else None
     batch = args.batch_size if "--batch-size" in rest else 50
     rows = measure(sd, reward, rows, args.seed, batch, settings, own.out, made_with)
     if not rows:

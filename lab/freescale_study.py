@@ -19,18 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from highres_baselines import demo_fusion, hidiffusion, scale_crafter
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from folder import TINY, InputError, read_config, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import TINY, read_config
 from freescale import FreeScale
-from highres_baselines import demo_fusion, hidiffusion, scale_crafter
 from lab import shapes
 from lab.evaluate import wilson
 from memory import measure
 from sampler import SAMPLERS, plan
-from txt2img import StableDiffusion
+from stable_diffusion import StableDiffusion
 
 Arm = Callable[[int], dict[str, Any]]                                  # a seed -> arguments of `sd.sample`
 

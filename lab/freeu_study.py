@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from folder import TINY, InputError, read_config, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import TINY, read_config
 from freeu import PRESETS, FreeU, scale_long, skip_tuning, structure_gain
 from lab.evaluate import evaluate, make_prompts, wilson
 from lab.shapes import KINDS
 from sampler import SAMPLERS, plan
-from txt2img import StableDiffusion
+from stable_diffusion import StableDiffusion
 
 WHITE_NOISE = math.log(2) / 2      # its relative log amplitude, 0.3466: the mean is real, other bins are complex
 PROMPTS = ("a cabin on a snowy mountain, Disney style", "a drone view of a Christmas tree with fireworks",

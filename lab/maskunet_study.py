@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from folder import TINY, InputError, read_config, replacing, run_command
+from command import InputError, replacing, run_command
+from folder import TINY, read_config
 from lab import shapes
 from lab.evaluate import BENCH, drawn_features, evaluate, fingerprint, frechet_distance, read_rows, to_bytes
 from lab.freeu_study import pyplot, save
@@ -48,10 +49,10 @@ from maskunet import (
     score_latents,
 )
 from memory import Meter
-from reward import ClipReward
+from reward import ClipReward, load_reward
 from sampler import SAMPLERS, draw_noise, generate, plan
-from train_masks import BUCKETS, Training, noised, train
-from txt2img import StableDiffusion
+from stable_diffusion import StableDiffusion
+from train import BUCKETS, Training, noised, train_denoiser
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -61,11 +62,9 @@ class Tuned(nn.Module):
 
     A is random and B is 0 at first; the factor 2 is that of MaskUNet's LoRA baseline (rank 256, alpha 512).
     """
-    gumbel = None                                                      # `Training` notes it and the settings
-
     def __init__(self, unet: UNet, rank: int | None = None, seed: int = 0):
         super().__init__()
-        self.settings, self.rank = dict(rank=rank), rank
+        self.rank = rank
         if rank is None:
             values = {key(name): p.detach().clone() for name, p in unet.named_parameters()}
         else:
@@ -84,7 +83,7 @@ class Tuned(nn.Module):
 
 
 class TunedUNet(nn.Module):
-    """What `train_masks.train` trains in a `MaskedUNet`'s place; nothing is masked, so the density is 1."""
+    """What `train_denoiser` trains in a `MaskedUNet`'s place; nothing is masked, so the density is 1."""
 
     def __init__(self, unet: UNet, tuned: Tuned):
         super().__init__()
@@ -225,7 +224,8 @@ class Study:
             model = TunedUNet(self.sd.unet, module) if isinstance(module, Tuned) else None
             for goal in goals.values():
                 if not path(goal, "safetensors").exists():
-                    train(self.sd, run, self.train_world().batches(self.batch, seed, run.step), goal, 50, model=model)
+                    batches = self.train_world().batches(self.batch, seed, run.step)
+                    train_denoiser(self.sd, run, batches, goal, 50, model=model)
                     with replacing(path(goal, "safetensors")) as file:
                         save_file({key: p.detach().cpu() for key, p in module.state_dict().items()}, file)
             path("checkpoint", "pt").unlink()
@@ -583,7 +583,7 @@ def main() -> None:
     except OSError as error:
         raise InputError(f"can't write to {args.out} ({error.strerror}); choose another --out") from None
     torch.set_flush_denormal(True)
-    study = Study(StableDiffusion.load(args.model, args.device), ClipReward.load(args.model / "clip", args.device),
+    study = Study(StableDiffusion.load(args.model, args.device), load_reward(args.model / "clip", args.device),
                   args.out / "work", fingerprint(args.model), args.steps, args.batch, args.scenes, args.validation,
                   args.pictures, args.free_pictures, args.free_steps,
                   dict(steps=args.sample_steps, sampler=args.sampler, cfg_scale=args.cfg_scale))

@@ -1,7 +1,7 @@
 """Trains the embedded model `models/tiny` on the world of `lab/shapes.py`: autoencoder, then CLIP, then U-Net.
 
-Start at `main`; `train_vae`, `train_clip` and `train_unet` are plain loops around the very classes of the top level.
-Each stage keeps a checkpoint in the work folder and resumes from it. On CPU, one process a core is by far the fastest:
+Start at `main`; `train_vae`, `train_clip` and `train_unet` train the classes of the top level, each by `train.fit`.
+Each stage keeps a checkpoint in the work folder and resumes from it. On a CPU, one process per core is fastest by far:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lab.train_tiny --out models/tiny
 
@@ -11,7 +11,6 @@ Source: latent diffusion, arXiv 2112.10752, sections 3.1 and 3.2; classifier-fre
 import argparse
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,102 +18,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import clip_image
 import clip_text
-from clip_image import ImageEncoder
+import reward
+from checkpoint import open_safetensors
 from clip_text import TextEncoder
-from folder import ModelConfig, open_safetensors, replacing, run_command, write_config
+from command import replacing, run_command
+from folder import ModelConfig, write_config
 from lab import shapes
 from lab.evaluate import evaluate
-from reward import ClipReward
+from reward import ClipReward, ImageEncoder
 from sampler import NoiseSchedule
-from train_masks import join, rank, world
-from txt2img import StableDiffusion
+from stable_diffusion import StableDiffusion
+from train import Training, distributed, fit, join, leave, rank, world
 from unet import CONFIGS, UNet
 from vae import VAE, VAEConfig
 
 SIZE = 64                                                              # native pixels
 VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)   # 64 px -> 16x16 latents
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
-CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), clip_image.CONFIGS["tiny"]
+CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), reward.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
 LESSON = 400                                                           # steps that teach words for sides alone
 MODEL_CONFIG = ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
                            vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
 
 
-class Run:
-    """A training run: model, optimiser, averaged weights, progress, loss and score; knows how to save and resume."""
-
-    def __init__(self, model: nn.Module, path: Path, device: torch.device):
-        self.model, self.path = model.to(device), path
-        self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        self.average = {name: p.detach().clone() for name, p in model.state_dict().items()}
-        self.step, self.seconds, self.curve, self.scores = 0, 0.0, [], []
-        if path.exists():
-            state = torch.load(path, map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.curve = state["average"], state["curve"]
-            self.step, self.seconds, self.scores = state["step"], state["seconds"], state["scores"]
-
-    def update(self, loss: Tensor, lr: float, first: int = 0) -> None:
-        """One optimiser step, and the moving average over about a tenth of the steps since `first`, at most 2,000."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.step += 1
-        with torch.no_grad():
-            for name, p in self.model.state_dict().items():
-                self.average[name].lerp_(p, max(1 / 2000, 9 / (9 + self.step - first)))
-
-    def save(self) -> None:
-        if rank() == 0:
-            with replacing(self.path) as path:
-                torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "average": self.average, "step": self.step, "seconds": self.seconds,
-                            "curve": self.curve, "scores": self.scores}, path)
-
-
-def distributed(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model) if dist.is_initialized() else model
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Up over `warmup` steps, constant, then linearly down to zero over the last third: a run can be made longer."""
-    return peak * min(1.0, (step + 1) / warmup, (steps - step) / (steps / 3))
-
-
-def train(run: Run, steps: int, peak_lr: float, save_every: int, loss_of: Callable[[int], Tensor], name: str,
-          on_save: Callable[[], None] = lambda: None, first: int = 0) -> None:
-    """The loop of all stages, from step `first` up to `steps`: loss_of(step) draws a batch and returns its loss."""
-    bar = tqdm(range(run.step, steps), initial=run.step, total=steps, desc=name, disable=rank() > 0, mininterval=5)
-    recent: list[float] = []
-    for step in bar:
-        started = time.time()
-        loss = loss_of(step)
-        run.update(loss, learning_rate(step - first, steps - first, peak_lr), first)
-        recent.append(loss.item())
-        run.seconds += time.time() - started
-        if run.step % 100 == 0:
-            run.curve.append((run.step, sum(recent) / len(recent)))
-            bar.set_postfix(loss=f"{run.curve[-1][1]:.4f}")
-            recent.clear()
-        if run.step % save_every == 0 or run.step == steps:
-            on_save()
-            run.save()
+def begin(module: nn.Module, path: Path, device: torch.device) -> Training:
+    """A stage's training, with averaged weights. It goes on where the checkpoint `path` ends."""
+    return Training(module.to(device), path, averaged=True, clip=1.0, adamw=dict(betas=(0.9, 0.99), fused=True))
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: autoencoder
@@ -133,7 +71,7 @@ class Reconstruct(nn.Module):
         return self.vae.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
 
-def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.device) -> tuple[VAE, Run]:
+def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.device) -> tuple[VAE, Training]:
     """Reconstruct crops of crowded scenes, then, for the last quarter, whole pictures of the world.
 
     Crops have many edges, which a loss over plain background doesn't see. Loss: L1 + L2 + L1 of the gradients / 2 + KL.
@@ -141,7 +79,7 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.devic
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
         model = Reconstruct()
-    run = Run(model, work / "vae.pt", device)
+    run = begin(model, work / "vae.pt", device)
     parallel = distributed(model)
 
     @cache
@@ -165,7 +103,7 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.devic
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges + 1e-5 * kl
 
-    train(run, steps, 2e-3, 500, loss_of, "autoencoder")
+    fit(run, steps, loss_of, "autoencoder", peak=2e-3)
     model.load_state_dict(run.average)
     standardize(model.vae, device)
     return model.vae.eval().requires_grad_(False), run
@@ -238,7 +176,7 @@ def hard_negatives(scene: shapes.Scene, request: shapes.Request, n: int, rng: np
 
 def train_clip(scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path,
                steps: int, neat_steps: int, side_steps: int, batch: int, seed: int, device: torch.device,
-               negatives: int = 3) -> tuple[ClipReward, Run]:
+               negatives: int = 3) -> tuple[ClipReward, Training]:
     """Contrastive: a picture's own caption against the other captions of the batch and against nearly true ones.
 
     While neither tower knows sides, neither has a reason to learn them. So after `steps` half of every batch is a
@@ -250,7 +188,7 @@ def train_clip(scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: 
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
         model = TextImage()
-    run = Run(model, work / "clip.pt", device)
+    run = begin(model, work / "clip.pt", device)
     parallel = distributed(model)
     every = scenes + neat
     unlike = [k for k, scene in enumerate(scenes) if len({t.shape for t in scene.things}) == len(scene.things)]
@@ -281,9 +219,9 @@ def train_clip(scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: 
         own = torch.arange(batch, device=device)
         return (F.cross_entropy(torch.cat([among, hard], dim=1), own) + F.cross_entropy(among.T, own)) / 2
 
-    train(run, steps, 1e-3, 500, loss_of, "CLIP")
+    fit(run, steps, loss_of, "CLIP", peak=1e-3)
     for name, first, n in (("neat sides", steps, neat_steps), ("sides", steps + neat_steps, side_steps)):
-        train(run, first + n, 1e-3, 500, loss_of, f"CLIP, {name}", first=first)
+        fit(run, first + n, loss_of, f"CLIP, {name}", peak=1e-3, first=first)
     model.load_state_dict(run.average)
     model.eval().requires_grad_(False)
     return ClipReward(model.image, model.text, tokenizer), run
@@ -331,7 +269,7 @@ def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torc
 
 def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: clip_text.Tokenizer,
                work: Path, steps: int, side_steps: int, batch: int, seed: int, device: torch.device,
-               finish: Callable[[TextToNoise, Run], None]) -> None:
+               finish: Callable[[TextToNoise, Training], None]) -> None:
     """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance.
 
     In the second half of `steps`, every other scene is a neat one, whose caption can say nearly exactly where objects
@@ -348,7 +286,7 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], t
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
         model = TextToNoise()
-    run = Run(model, work / "unet.pt", device)
+    run = begin(model, work / "unet.pt", device)
     parallel = distributed(model)
     alphas = NoiseSchedule().alphas().to(device)
 
@@ -382,8 +320,8 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], t
             averaged.load_state_dict(run.average)
             finish(averaged.eval().requires_grad_(False), run)
 
-    train(run, steps, 1e-3, 1000, loss_of, "U-Net", average)
-    train(run, steps + side_steps, 1e-3, 1000, loss_of, "U-Net, sides", average, first=steps)
+    fit(run, steps, loss_of, "U-Net", save_every=1000, on_save=average, peak=1e-3)
+    fit(run, steps + side_steps, loss_of, "U-Net, sides", save_every=1000, on_save=average, peak=1e-3, first=steps)
 
 
 def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
@@ -461,7 +399,7 @@ def main() -> None:
     clip, clip_run = train_clip(scenes, neat, tokenizer, args.work, args.clip_steps, args.clip_neat_steps,
                                 args.clip_side_steps, 2 * args.batch, args.seed, device)
 
-    def finish(model: TextToNoise, run: Run) -> None:
+    def finish(model: TextToNoise, run: Training) -> None:
         sd = StableDiffusion(MODEL_CONFIG, tokenizer, [model.text], model.unet, vae)
         if args.score_n:
             run.scores.append((run.step * args.batch * world(), score(sd, args.score_n)))
@@ -473,8 +411,7 @@ def main() -> None:
 
     train_unet(vae, scenes, neat, tokenizer, args.work, args.steps, args.side_steps, args.batch, args.seed, device,
                finish)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from folder import InputError
+from command import InputError
 from lab import cache_study
 from lab.cache_study import Watching, arms, interval
 from sampler import generate

@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_convert_weights import VOCAB_SIZE, refused, write_tokenizer
-from test_image_reward import NARROW, PIECES, random_model
+from test_reward import NARROW_IMAGEREWARD, PIECES, random_model
 from torch import Tensor, nn
 
 import convert_weights
 import txt2img
-from clip_image import preprocess
+from command import InputError, run_command
 from convert_weights import REWARDS, convert_reward
-from folder import TINY, InputError, run_command
-from image_reward import ImageReward
-from reward import ClipReward, add_rewards, load_reward
+from folder import TINY
+from reward import ClipReward, ImageReward, add_rewards, load_reward, preprocess
 
 # heads of 20 numbers, as ViT-H has such of 80: the file's shapes don't tell how many there are
 OPENCLIP = {"model_cfg": {
@@ -78,7 +77,7 @@ def write_imagereward(folder: Path, changes: dict[str, Tensor] | None = None) ->
 @pytest.fixture()
 def narrow(monkeypatch) -> None:
     """ImageReward is of one size only; here it is a narrow one."""
-    monkeypatch.setitem(convert_weights.REWARDS, "imagereward", {"image_reward": NARROW})
+    monkeypatch.setitem(convert_weights.REWARDS, "imagereward", {"image_reward": NARROW_IMAGEREWARD})
 
 
 # ---- the published models ----
@@ -236,7 +235,7 @@ def test_a_clip_of_transformers_scores_as_there(tmp_path, kind):
 def test_imagereward_arrives_unchanged(tmp_path, narrow):
     summary = convert_reward(**write_imagereward(tmp_path))
     reward, model = load_reward(tmp_path / "imagereward"), random_model().float()
-    assert isinstance(reward, ImageReward) and reward.model.config == NARROW
+    assert isinstance(reward, ImageReward) and reward.model.config == NARROW_IMAGEREWARD
     assert reward.model.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, reward.model.state_dict()[name]) for name, tensor in model.state_dict().items())
     images, ids = torch.rand(1, 3, 32, 32), torch.tensor([[2, 6, 8, 3, 0, 0, 0, 0, 0]])
@@ -268,7 +267,7 @@ def test_half_precision_is_written_on_request(tmp_path, narrow):
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A narrow folder of each kind."""
     place = tmp_path_factory.mktemp("rewards")
-    with mock.patch.dict(convert_weights.REWARDS, {"imagereward": {"image_reward": NARROW}}):
+    with mock.patch.dict(convert_weights.REWARDS, {"imagereward": {"image_reward": NARROW_IMAGEREWARD}}):
         both = [write_hps(place), write_imagereward(place)]
         for arguments in both:
             convert_reward(**arguments)
@@ -422,12 +421,6 @@ def test_flags_of_other_conversions_are_refused(monkeypatch, capsys, tmp_path, n
     assert "--prediction and --ema" in refused(*run, "--prediction", "v")
     (tmp_path / "config.json").write_text("{}")
     assert "--config" in refused(*run, "--config", tmp_path / "config.json")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_program_is_recognised(monkeypatch, capsys, tmp_path):
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "ViT-L-14.pt")
-    assert "TorchScript" in refused(monkeypatch, capsys, tmp_path, tmp_path / "ViT-L-14.pt", "--reward", "clip")
 
 
 def test_the_command_converts_and_says_what_it_dropped(monkeypatch, capsys, tmp_path):

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+from checkpoint import Checkpoint, Stored
 from clip_text import TextConfig, TextEncoder, Tokenizer
-from folder import ModelConfig, load_weights, read_config, run_command
+from command import run_command
+from folder import ModelConfig, load_weights, read_config
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-DATA = Path(__file__).parent / "data"
-ROOT = Path(__file__).parent.parent
 MODULES = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": TextEncoder}
 BPE = json.loads((DATA / "bpe_narrow_golden.json").read_text())
 MERGES = [tuple(merge.split()) for merge in BPE["merges"]]
@@ -256,18 +257,20 @@ def test_modules_have_exactly_the_published_names_and_shapes(family):
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_every_name_of_a_published_single_file_is_used_or_dropped_for_a_reason(family):
     published = manifest(family, "original")
-    stored = {name: convert_weights.Stored(tuple(shape), torch.float32, None) for name, shape in published.items()}
-    assert convert_weights.detect(stored, Path("file")) == family
+    given = Checkpoint(Path("file"), {name: Stored(tuple(shape), torch.float32, None)
+                                      for name, shape in published.items()}, [])
+    assert convert_weights.detect(given) == family
     model = convert_weights.FAMILIES[family]
-    origins, dropped = convert_weights.plan(model, convert_weights.components(convert_weights.configs_of(model)),
-                                            convert_weights.single_file_layout(model), stored, False, Path("file"))
-    used = [origin.key for named in origins.values() for origin in named.values() if "in_proj" not in origin.key]
+    parts = convert_weights.components(convert_weights.configs_of(model))
+    layout = convert_weights.single_file_layout(model)
+    origins, dropped = convert_weights.match(parts, layout, given, convert_weights.ignored_by(model), "")
+    used = [origin.key for named in origins.values() for origin, _ in named.values() if "in_proj" not in origin.key]
     assert len(used) == len(set(used))               # each for one of our tensors, but for q, k and v in one
     expected = {"sd15": {"position_ids"}, "sdxl": {"position_ids", "logit_scale"},
                 "sd21": {"logit_scale", "text_projection", "resblocks.23."}}[family]
     assert all(any(part in name for part in expected) for name in dropped)
     assert len(dropped) == {"sd15": 1, "sd21": 14, "sdxl": 2}[family]
-    assert set(published) == {o.key for named in origins.values() for o in named.values()} | set(dropped)
+    assert set(published) == {o.key for named in origins.values() for o, _ in named.values()} | set(dropped)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
@@ -575,47 +578,6 @@ def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path):
     assert "there is no tokenizer" in refused(*run, tmp_path / "nothing")
 
 
-class Evil:
-    def __reduce__(self):
-        return open, ("/".join([str(Evil.place), "ran"]), "w")
-
-
-@pytest.mark.parametrize("modern", [True, False])
-def test_a_pickle_that_holds_more_than_weights_is_refused_unrun(monkeypatch, capsys, tmp_path, modern):
-    Evil.place = tmp_path
-    data = {"state_dict": {"a": torch.zeros(2)}, "callbacks": Evil()}
-    torch.save(data, tmp_path / "model.ckpt", _use_new_zipfile_serialization=modern)
-    message = refused(monkeypatch, capsys, tmp_path, tmp_path / "model.ckpt")
-    assert "more than tensors" in message and "open" in message and ".safetensors" in message
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("model.safetensors", b"", "safetensors"), ("model.safetensors", b"x" * 100, "safetensors"),
-    ("model.ckpt", b"hello, this is no pickle", "PyTorch"), ("model.ckpt", b"", "PyTorch"),
-    ("model.gguf", b"GGUF", "neither"),
-])
-def test_a_file_that_is_no_checkpoint_is_refused(monkeypatch, capsys, tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    assert words in refused(monkeypatch, capsys, tmp_path, tmp_path / name)
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_a_file_cut_short_is_refused(monkeypatch, capsys, tmp_path, kind):
-    arguments = write_single(tmp_path, "sd15")
-    if kind == "ckpt":
-        torch.save(load_file(arguments["source"]), tmp_path / "model.ckpt")
-    path = tmp_path / f"model.{kind}"
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert "complete" in refused(monkeypatch, capsys, tmp_path, path, *options(arguments))
-
-
-@pytest.mark.parametrize("data", [[1, 2], {"state_dict": 3}, {"weights": [torch.zeros(2)]}, torch.zeros(3)])
-def test_a_pickle_without_named_tensors_is_refused(monkeypatch, capsys, tmp_path, data):
-    torch.save(data, tmp_path / "model.ckpt")
-    assert "no tensors" in refused(monkeypatch, capsys, tmp_path, tmp_path / "model.ckpt")
-
-
 @pytest.mark.parametrize("family, changes, words", [
     ("sd15", {"unet": {"in_channels": 9}}, "inpainting"), ("sd15", {"unet": {"in_channels": 8}}, "InstructPix2Pix"),
     ("sd15", {"unet": {"class_embed_type": "projection"}}, "class_embed_type"),
@@ -658,13 +620,6 @@ def test_broken_json_is_named(monkeypatch, capsys, tmp_path):
     assert "vae/config.json" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
     (tmp_path / "hf/vae/config.json").write_text("{}")
     assert "block_out_channels" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
-
-
-def test_a_missing_shard_is_named(monkeypatch, capsys, tmp_path):
-    weights = write_hf(tmp_path / "hf", "sd15")
-    shard(tmp_path / "hf", weights["unet"], ".safetensors.index.json")
-    hf_file(tmp_path / "hf", "unet", "-00002-of-00002.safetensors").unlink()
-    assert "00002-of-00002" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
 
 
 def test_ema_where_there_is_none_is_refused(monkeypatch, capsys, tmp_path):

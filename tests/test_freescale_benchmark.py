@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks import freescale
-from folder import run_command
+from command import run_command
 
 
 @pytest.fixture()

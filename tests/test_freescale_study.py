@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from folder import TINY, run_command
+from command import run_command
+from folder import TINY
 from lab import freescale_study, shapes
 from lab.freescale_study import arms, judge_arm, log_spectrum, make_scenes
 from txt2img import StableDiffusion

@@ -1,16 +1,16 @@
 """highres_baselines.py: at the training size all are the plain U-Net; beyond it, each of their ideas by itself."""
 import math
 
+import highres_baselines
 import pytest
 import torch
 import torch.nn.functional as F
+from highres_baselines import Changes, demo_fusion, forward, hidiffusion, redilate, scale_crafter, shifted_windows
 from torch import nn
 
-import highres_baselines
 from folder import TINY
 from freescale import FreeScale
 from freeu import FreeU
-from highres_baselines import Changes, demo_fusion, forward, hidiffusion, redilate, scale_crafter, shifted_windows
 from sampler import ddim, generate, plan, x0_and_eps
 from txt2img import StableDiffusion
 from unet import CONFIGS, Attention, UNet, UNetConfig

@@ -1,28 +1,20 @@
 """maskunet.py: against outputs of the official classes, the odds of every mask, what can learn, and what stays."""
-import hashlib
-import json
 import math
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DATA, NARROW, ROOT, UNETS, XL, digest, randn, seeded, weights
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_txt2img import make_folder
 from torch import nn
 
-import maskunet
 import txt2img
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
-from folder import TINY, InputError, run_command
+from command import InputError
+from folder import TINY
 from freescale import FreeScale
 from freeu import FreeU, skip_tuning
 from maskunet import (
@@ -38,43 +30,20 @@ from maskunet import (
     exponential,
     load_masks,
     masked_layers,
-    mix,
     save_masks,
     score_latents,
+    weight_digest,
 )
-from reward import ClipReward
+from reward import ClipReward, load_reward
 from sampler import SAMPLERS, ddim, dpm_solver, generate, plan
-from train_masks import Training, noised, read_batches, read_pairs, train
-from train_masks import main as train_main
 from txt2img import StableDiffusion
-from unet import CONFIGS, UNet, UNetConfig, linear, sinusoid
+from unet import CONFIGS, UNet, linear, sinusoid
 
-NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
-XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
-                add_dim=6, groups=4)
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = load_file(Path(__file__).parent / "data/maskunet.safetensors")
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+GOLDEN = load_file(DATA / "maskunet.safetensors")
 
 
 def states(*seeds: int) -> torch.Tensor:
     return torch.stack([generator.get_state() for generator in seeded(*seeds)])
-
-
-def narrow(config: UNetConfig = NARROW) -> UNet:
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        return UNet(config).requires_grad_(False)
-
-
-UNETS = {config: narrow(config) for config in (NARROW, XL)}
 
 
 def random_dynamic(unet: UNet, **settings) -> DynamicMasks:
@@ -534,249 +503,33 @@ def test_masks_fit_their_model_in_every_dtype_and_no_other_of_its_shape(tmp_path
     whole, half = UNet(NARROW), UNet(NARROW).half()
     for other in (whole, half):
         other.load_state_dict(tiny)
-    assert maskunet.fingerprint(whole) == maskunet.fingerprint(half) and not half.up_blocks[1].attentions[0].\
+    assert weight_digest(whole) == weight_digest(half) and not half.up_blocks[1].attentions[0].\
         transformer_blocks[0].attn1.to_q.weight.any()
     next(iter(masked_layers(whole).values())).weight.data[0, 0] *= -1
-    with pytest.raises(InputError, match=f"another model of the same shape: .* {maskunet.fingerprint(unet)}, .* "
-                                         f"{maskunet.fingerprint(whole)}; train masks for this U-Net"):
+    with pytest.raises(InputError, match=f"another model of the same shape: .* {weight_digest(unet)}, .* "
+                                         f"{weight_digest(whole)}; train masks for this U-Net"):
         load_masks(path, whole)
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "narrow")
-
-
-@pytest.fixture()
-def data(tmp_path) -> Path:
-    """Six pictures of various sizes with captions."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for k in range(6):
-        pixels = (randn(32 + 8 * k, 40, 3, seed=k).sigmoid() * 255).byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{k}.{'jpg' if k == 3 else 'png'}")
-        (folder / f"{k}.txt").write_text("a red circle\n" if k % 2 else "a blue circle")
-    return folder
-
-
-def fixed_batches(batch: int = 4):
-    while True:
-        yield torch.rand(batch, 3, 32, 32, generator=seeded(3)[0]), ["a red circle"] * batch
-
-
-def weights(module: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in module.state_dict().values()]
-
-
-def fingerprint(sd: StableDiffusion) -> str:
-    return hashlib.sha256(b"".join(p.numpy().tobytes() for module in (sd.unet, sd.vae, *sd.text_encoders)
-                                   for p in module.state_dict().values())).hexdigest()
-
-
-@torch.no_grad()
-def fixed_loss(sd: StableDiffusion, masks: DynamicMasks | StaticMasks) -> float:
-    """Always of the same pictures, times and noises."""
-    x, t, target, (context, _) = noised(sd, *next(fixed_batches(64)), seeded(*range(64)))
-    run = Masks(masks).start(sd.unet, seeded(*range(64)), 64).at(0)
-    return F.mse_loss(sd.unet(x, t, context, masks=run), target).item()
-
-
-@pytest.mark.parametrize("kind,lr", [(DynamicMasks, 0.02), (StaticMasks, 0.1)])
-def test_training_learns_masks_and_leaves_the_model_as_it_is(kind, lr, model):
-    sd = StableDiffusion.load(model)
-    for name, p in sd.unet.named_parameters():                         # attention that is too loud, for masks to soften
-        p *= 8 if name.startswith("conv_out") else 6 if "up_blocks" in name and "to_out" in name else 1
-    masks, model_before = kind(sd.unet, initial=2.0), fingerprint(sd)
-    loss_before = fixed_loss(sd, masks)
-    curve = train(sd, Training(masks, lr=lr), fixed_batches(8), steps=30, log_every=10)
-    assert fixed_loss(sd, masks) < loss_before - 0.03
-    assert [step for step, *_ in curve] == [10, 20, 30]
-    assert all(len(by_time) == 5 and 0 < density < 1 for _, _, by_time, density in curve)
-    assert fingerprint(sd) == model_before and all(p.grad is None for p in sd.unet.parameters())
-
-
-def test_the_loss_by_time_is_the_loss_of_those_times(model):
-    sd = StableDiffusion.load(model)
-    (_, loss, by_time, density), = train(sd, Training(DynamicMasks(sd.unet)), fixed_batches(64), steps=1)
-    times = [float(torch.randint(1000, (), generator=advance(g))) for g in seeded(*(mix(0, 0, k) for k in range(64)))]
-    counts = [sum(t // 200 == bucket for t in times) for bucket in range(5)]
-    assert min(counts) > 0 and density == 1
-    assert sum(n * x for n, x in zip(counts, by_time)) / 64 == pytest.approx(loss, rel=1e-6)
-
-
-def advance(generator: torch.Generator) -> torch.Generator:
-    torch.rand((), generator=generator)                                # the draw that decides whether the caption stays
-    return generator
-
-
-def test_latents_that_were_encoded_before_train_as_their_pictures_do(model):
-    sd = StableDiffusion.load(model)
-    images, captions = next(fixed_batches(4))
-    mean, logvar = sd.vae.encode(images * 2 - 1)
-    for ours, theirs in zip(noised(sd, (mean, (0.5 * logvar).exp()), captions, seeded(*range(4))),
-                            noised(sd, images, captions, seeded(*range(4)))):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs) if b is not None)
-
-
-def test_a_resumed_training_is_the_uninterrupted_one(model, tmp_path):
-    sd = StableDiffusion.load(model)
-    whole = Training(DynamicMasks(sd.unet), lr=1e-2)
-    train(sd, whole, fixed_batches(), steps=5)
-    train(sd, Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2), fixed_batches(), steps=3)
-    second = Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
-    assert second.step == 3
-    train(sd, second, fixed_batches(), steps=5)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole.masks), weights(second.masks)))
-    assert not any(torch.equal(a, b) for a, b in zip(weights(whole.masks), weights(DynamicMasks(sd.unet))))
-    with pytest.raises(InputError, match="was begun with lr 0.01, not 0.02"):
-        Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=2e-2)
-    (tmp_path / "c.pt").write_text("no checkpoint")
-    with pytest.raises(InputError, match="no checkpoint of this training"):
-        Training(DynamicMasks(sd.unet), tmp_path / "c.pt")
-
-
-def test_batches_that_end_too_early_leave_a_checkpoint_and_say_so(model, tmp_path):
-    sd = StableDiffusion.load(model)
-    run = Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
-    with pytest.warns(UserWarning, match="the batches ended after step 2 of 5"):
-        curve = train(sd, run, [batch for _, batch in zip(range(2), fixed_batches())], steps=5)
-    assert [step for step, *_ in curve] == [2] and Training(DynamicMasks(sd.unet), tmp_path / "c.pt", lr=1e-2).step == 2
-
-
-@pytest.mark.parametrize("what", ["loss", "masks"])
-def test_a_training_that_diverges_ends_in_one_clear_line_and_keeps_the_last_good_checkpoint(what, model, tmp_path):
-    sd = StableDiffusion.load(model)
-    run = Training(StaticMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
-    train(sd, run, fixed_batches(), steps=1)
-    if what == "loss":
-        sd.unet.conv_out.weight[0, 0, 0, 0] = math.nan
-    else:
-        run.optimizer.param_groups[0]["lr"] = math.inf
-    with pytest.raises(InputError, match=f"the {what} became infinite or NaN: lower --lr"):
-        train(sd, run, fixed_batches(), steps=2)
-    kept = Training(StaticMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
-    assert kept.step == 1 and all(p.isfinite().all() for p in weights(kept.masks))
-
-
-def test_training_reads_pictures_as_they_look(tmp_path):
-    for name, picture in (("clear", Image.new("RGBA", (8, 8), (0, 0, 0, 0))),
-                          ("gray", Image.fromarray(np.full((8, 8), 30000, np.uint16)))):
-        picture.save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(name)
-    images, captions = next(read_batches(read_pairs(tmp_path), 8, 2, seed=0))
-    for image, caption in zip(images, captions):
-        assert torch.allclose(image, torch.tensor({"clear": 1.0, "gray": 117 / 255}[caption]), atol=1e-6)
-
-
-def test_two_processes_train_as_one_does(model, data, tmp_path, command):
-    arguments = ["train", "--model", model, "--data", data, "--steps", 3, "--batch", 4, "--lr", 0.01, "--initial", 1,
-                 "--device", "cpu"]
-    assert command(train_main, *arguments, "--out", tmp_path / "one.safetensors")[0] == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    ROOT / "maskunet.py", *map(str, arguments), "--out", tmp_path / "two.safetensors"],
-                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    one, two = (safe_open(tmp_path / f"{name}.safetensors", "pt") for name in ("one", "two"))
-    (a, b) = (json.loads(file.metadata()["maskunet"])["training"]["curve"][-1] for file in (one, two))
-    assert a[0] == b[0] == 3 and a[1] == pytest.approx(b[1], rel=1e-5) and a[3] == pytest.approx(b[3], abs=1e-6)
-    assert all((one.get_tensor(name) - two.get_tensor(name)).abs().max() < 1e-4 for name in one.keys())
-    fresh = DynamicMasks(StableDiffusion.load(model).unet, initial=1.0).state_dict()
-    assert max((one.get_tensor(name) - fresh[name]).abs().max() for name in fresh) > 0.02
-
-
-def test_the_batches_of_a_folder_cover_it_in_every_epoch_and_split_between_processes(data, monkeypatch):
-    pairs = read_pairs(data)
-    assert [caption for _, caption in pairs[:2]] == ["a blue circle", "a red circle"]
-    whole = [batch for _, batch in zip(range(3), read_batches(pairs, 32, 4, seed=0))]
-    assert all(images.shape == (4, 3, 32, 32) and 0 <= images.min() and images.max() <= 1 for images, _ in whole)
-    pictures = torch.cat([images for images, _ in whole])
-    assert len(pictures[:6].unique(dim=0)) == len(pictures[6:].unique(dim=0)) == 6
-    assert not torch.equal(pictures[:6], pictures[6:])
-    resumed = next(read_batches(pairs, 32, 4, seed=0, first=2))
-    assert torch.equal(resumed[0], whole[2][0]) and resumed[1] == whole[2][1]
-    monkeypatch.setattr("train_masks.world", lambda: 2)
-    monkeypatch.setattr("train_masks.rank", lambda: 1)
-    assert torch.equal(next(read_batches(pairs, 32, 4, seed=0))[0], whole[0][0][2:])
-
-
-@pytest.fixture()
-def command(monkeypatch, capsys):
-    """Runs a command line in this process -> exit code, stdout, stderr."""
-    def run(main, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            code = stop.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-    return run
-
-
-def test_masks_from_the_command_line_make_a_picture_that_says_so(model, data, tmp_path, command):
-    masks, picture = tmp_path / "m.safetensors", ["a red circle", "--model", model, "--steps", 4, "--device", "cpu"]
-    assert command(train_main, "train", "--model", model, "--data", data, "--out", masks, "--steps", 2, "--batch", 2,
-                   "--initial", -1, "--device", "cpu")[0] == 0
-    made = {}
-    for name, flags in {"plain": [], "masks": ["--masks", masks], "fixed": ["--masks", masks, "--mask-fixed"],
-                        "threshold": ["--masks", masks, "--mask-mode", "threshold"],
-                        "random": ["--mask-random", 0.3], "window": ["--mask-random", 0.3, "--mask-window"]}.items():
-        code, _, err = command(txt2img.main, *picture, *flags, "--out", tmp_path / f"{name}.png")
-        assert code == 0, err
-        with Image.open(tmp_path / f"{name}.png") as file:
-            made[name] = (file.tobytes(), file.info["parameters"])
-    assert len({pixels for pixels, _ in made.values()}) == len(made)
-    fixed = f"Masks: m.safetensors {hashlib.sha256(masks.read_bytes()).hexdigest()[:8]} sample fixed"
-    for name, words in (("fixed", fixed), ("window", "Masks: random 0.3 sample window")):
-        assert words in made[name][1] and "Masks" not in made["plain"][1]
-
-
-@pytest.mark.parametrize("damage,words", [
-    (lambda d: [p.unlink() for p in d.iterdir()], "has no pictures"),
-    (lambda d: (d / "2.txt").unlink(), "1 of the 6 pictures .* the first is 2.png"),
-    (lambda d: [(d / f"{k}.png").write_text("no picture") for k in (0, 1, 2, 4, 5)], "can't read the picture"),
-    (lambda d: (d / "2.txt").write_bytes(b"\xff\xfe\xfa"), "can't read the captions")])
-def test_bad_training_folders_end_in_one_clear_line(damage, words, model, data, tmp_path, command):
-    damage(data)
-    code, _, err = command(train_main, "train", "--model", model, "--data", data, "--out", tmp_path / "m.safetensors",
-                           "--batch", 6, "--device", "cpu")
-    assert code == 2 and re.search(words, err.splitlines()[-1]) and "Traceback" not in err
-    assert not list(tmp_path.glob("m.*"))
-
-
-@pytest.mark.parametrize("flags,words", [
-    (["--data", "nowhere"], "no folder nowhere"), (["--out", "m.pt"], "a .safetensors file"),
-    (["--steps", 0], "1 or more"), (["--lr", -1], "above 0"), (["--caption-dropout", 2], "between 0 and 1"),
-    (["--lr", 1e38], "at most 1"), (["--device", "abacus"], "abacus can't be used here"),
-    (["--device", "meta"], "can't hold a picture"),
-    (["--initial", "nan"], "finite"), (["--out", "no/where/m.safetensors"], "no/where")])
-def test_bad_training_flags_end_in_one_clear_line(flags, words, model, data, tmp_path, command):
-    code, _, err = command(train_main, "train", "--model", model, "--data", data, "--out", tmp_path / "m.safetensors",
-                           "--batch", 2, "--device", "cpu", *flags)
-    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and err.count("step 1 ") == 0
 
 
 @pytest.mark.parametrize("flags,words", [
     (["--mask-random", 1.5], "between 0 and 1"), (["--masks", "none.safetensors"], "no file none.safetensors"),
     (["--masks", ROOT / "txt2img.py"], "not a complete safetensors file"),
     (["--masks", "x", "--mask-random", 0.5], "give one of them")])
-def test_bad_mask_flags_end_in_one_clear_line(flags, words, model, tmp_path, command):
-    code, _, err = command(txt2img.main, "a circle", "--model", model, "--out", tmp_path / "o.png", *flags)
+def test_bad_mask_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
+    code, _, err = command(txt2img.main, "a circle", "--model", narrow, "--out", tmp_path / "o.png", *flags)
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
-def test_masks_of_another_model_end_in_one_clear_line(model, tmp_path, command):
-    other = StableDiffusion.load(model).unet
+def test_masks_of_another_model_end_in_one_clear_line(narrow, tmp_path, command):
+    other = StableDiffusion.load(narrow).unet
     other.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(-1)
     for name, unet, words in (("shape", UNETS[NARROW], "was trained for another model (it has"),
                               ("weights", other, "was trained for another model of the same shape")):
         save_masks(StaticMasks(unet), tmp_path / f"{name}.safetensors", unet)
-        code, _, err = command(txt2img.main, "a circle", "--model", model, "--out", tmp_path / "o.png", "--device",
+        code, _, err = command(txt2img.main, "a circle", "--model", narrow, "--out", tmp_path / "o.png", "--device",
                                "cpu", "--masks", tmp_path / f"{name}.safetensors")
         assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err
-        assert "python maskunet.py train" in err.splitlines()[-1] and not (tmp_path / "o.png").exists()
+        assert "python train.py masks" in err.splitlines()[-1] and not (tmp_path / "o.png").exists()
 
 
 def test_masks_that_are_not_finite_are_refused(tmp_path):
@@ -933,8 +686,8 @@ def test_every_kind_of_masks_composes_with_everything_in_one_batch_and_in_two_pa
     assert torch.allclose(halves, whole, atol=1e-3)
 
 
-def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
-    sd, prompts = StableDiffusion.load(model), ["a red circle", "a blue circle"]
+def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(narrow):
+    sd, prompts = StableDiffusion.load(narrow), ["a red circle", "a blue circle"]
     for p in sd.unet.up_blocks.parameters():
         p *= 2
     seen = []
@@ -943,7 +696,7 @@ def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
         assert asked == prompts and images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
         seen.append(images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)))
         return seen[-1]
-    before = fingerprint(sd)
+    before = digest(sd.unet, sd.vae, *sd.text_encoders)
     latents = sd.sample(prompts, steps=1, sampler="dpm++2m", cfg_scale=1,
                         masks=MaskSearch(score_latents(sd.vae, redness, prompts), 20, keep="best", lr=0.3))
     scores = torch.stack(seen).detach()
@@ -951,12 +704,12 @@ def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(model):
     assert (scores[10:].mean(dim=0) > scores[0]).all()
     # the last step of this solver ends at x0 itself, so that the picture is the one that scored best
     assert torch.allclose(redness(sd.decode(latents), prompts), scores.amax(dim=0), atol=1e-5)
-    assert fingerprint(sd) == before
+    assert digest(sd.unet, sd.vae, *sd.text_encoders) == before
     assert all(p.grad is None for module in (sd.unet, sd.vae) for p in module.parameters())
 
 
-def test_a_search_looks_at_pictures_decoded_in_tiles_and_keeps_one_tiles_activations(model, monkeypatch):
-    sd, seen, z = StableDiffusion.load(model), [], randn(1, 4, 20, 20).requires_grad_()
+def test_a_search_looks_at_pictures_decoded_in_tiles_and_keeps_one_tiles_activations(narrow, monkeypatch):
+    sd, seen, z = StableDiffusion.load(narrow), [], randn(1, 4, 20, 20).requires_grad_()
 
     def judge(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         seen.append(images.detach())
@@ -1025,7 +778,7 @@ TINY_PICTURE = ["a red circle", "--steps", 2, "--device", "cpu", "--mask-reward"
 
 def test_a_search_by_the_models_own_clip_runs_from_the_command_line_and_raises_the_score(tmp_path, command):
     scores = {}
-    reward = ClipReward.load(TINY / "clip")
+    reward = load_reward(TINY / "clip")
     for name, flags in {"none": ["--mask-iterations", 0], "search": ["--mask-iterations", 6]}.items():
         code, _, err = command(txt2img.main, *TINY_PICTURE, *flags, "--mask-checkpoint",
                                "--out", tmp_path / f"{name}.png")

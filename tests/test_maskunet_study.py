@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from folder import TINY, run_command
+from command import run_command
+from folder import TINY
 from lab import maskunet_study
 from lab.maskunet_study import ARMS, RECIPES, Study, Tuned, TunedUNet, interval, matched_rank, share, size
 from maskunet import DynamicMasks, Masks
-from reward import ClipReward
-from train_masks import Training, train
+from reward import load_reward
+from train import Training, train_denoiser
 from txt2img import StableDiffusion
 from unet import UNet
 
@@ -24,7 +25,7 @@ def weights(sd: StableDiffusion) -> str:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
-    return Study(StableDiffusion.load(TINY), ClipReward.load(TINY / "clip"), tmp_path_factory.mktemp("work"), "tiny",
+    return Study(StableDiffusion.load(TINY), load_reward(TINY / "clip"), tmp_path_factory.mktemp("work"), "tiny",
                  steps=2, batch=4, scenes=8, validation=6, n=6, free_n=6, free_steps=2,
                  settings=dict(steps=2, cfg_scale=5.0))
 
@@ -32,7 +33,7 @@ def study(tmp_path_factory) -> Study:
 def train_more(study: Study, module: torch.nn.Module, steps: int, lr: float) -> list[tuple]:
     model = TunedUNet(study.sd.unet, module) if isinstance(module, Tuned) else None
     run = Training(module, lr=lr)
-    return train(study.sd, run, study.train_world().batches(4, 0, 0), steps, log_every=1, model=model)
+    return train_denoiser(study.sd, run, study.train_world().batches(4, 0, 0), steps, log_every=1, model=model)
 
 
 def test_every_recipe_trains_its_own_weights_and_leaves_the_models(study):
@@ -69,7 +70,7 @@ def test_fine_tuning_and_lora_lower_the_loss_of_what_they_see(study):
         model = TunedUNet(study.sd.unet, module)
         for _ in range(8):                                             # the same times and noises again and again
             run.step = 0
-            fixed.append(train(study.sd, run, [batch], 1, log_every=1, model=model)[-1][1])
+            fixed.append(train_denoiser(study.sd, run, [batch], 1, log_every=1, model=model)[-1][1])
         assert fixed[-1] < 0.97 * fixed[0]
 
 

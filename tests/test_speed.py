@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_txt2img import make_folder
+from conftest import make_folder
 
 from benchmarks import speed
 from benchmarks.speed import Row, chosen, drift, error, insert, other_rows, reached, rows_of, table, take_turns
 from cache import DeepCache, FasterDiffusion, TGate
-from folder import InputError, run_command
+from command import InputError, run_command
 from freescale import FreeScale
 from freeu import PRESETS, FreeU
 from maskunet import DynamicMasks, Masks, RandomMasks, StaticMasks
@@ -190,7 +190,7 @@ def test_convolutions_are_laid_out_for_their_precision_as_they_are_loaded(tmp_pa
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="it is glibc that is asked")
 def test_a_command_uses_its_freed_memory_again():
     """120 MB of tensors, freed and made again: without `reuse_memory` every page of them is a new one."""
-    script = ("import resource, torch\nfrom folder import run_command\n"
+    script = ("import resource, torch\nfrom command import run_command\n"
               "def touch():\n    for x in [torch.empty(5 << 20) for _ in range(6)]: x.fill_(1)\n"
               "def faults():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
               "def main():\n    touch(), touch()\n    before = faults()\n    touch(), touch(), touch()\n"

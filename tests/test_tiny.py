@@ -12,7 +12,7 @@ from PIL import Image
 from folder import TINY
 from lab import shapes
 from lab.evaluate import evaluate, read_rows, to_bytes
-from reward import ClipReward
+from reward import load_reward
 from txt2img import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,5 +86,5 @@ def test_training_runs_on_two_processes_stops_resumes_and_writes_a_model_that_lo
     facts = run(2)
     assert facts["steps"] == 4 and facts["samples"] == 4 * 4 * 2
     assert (tmp_path / "model" / "unet.safetensors").read_bytes() != before
-    assert ClipReward.load(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
+    assert load_reward(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
     assert StableDiffusion.load(tmp_path / "model").sample("a red circle", steps=1).shape == (1, 4, 16, 16)

@@ -6,69 +6,28 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
+import flags as flags_file
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, make_folder
+from flags import parse_arguments, read_image
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-import flags as flags_file
 import folder
 import txt2img
 from cache import DeepCache, TGate
-from clip_text import TextConfig, TextEncoder
 from clip_text import Tokenizer as OurTokenizer
-from flags import parse_arguments, read_image
-from folder import InputError, ModelConfig, run_command, write_config
+from command import InputError, run_command
 from freescale import FreeScale
 from maskunet import Masks, RandomMasks
-from sampler import NoiseSchedule
 from txt2img import StableDiffusion
-from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = TextConfig(vocab=8, length=6, width=16, layers=2, heads=2, hidden=32, pad=0)
-UNET = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), context_dim=16, groups=4, layers=1)
-WORDS = ["<|padding|>", "<|unknown|>", "<|startoftext|>", "a", "red", "blue", "circle", "<|endoftext|>"]
-
-
-def make_folder(path: Path, sdxl: bool = False, channels: tuple[int, ...] = UNET.channels) -> Path:
-    """A model folder with random weights, small enough to sample from in milliseconds."""
-    text, unet, more = TEXT, replace(UNET, channels=channels), {}
-    if sdxl:
-        text = replace(TEXT, output="penultimate")
-        more = dict(text_encoder_2=replace(text, projection=12), zero_negative=True)
-        unet = replace(UNET, context_dim=32, add_dim=12 + 6 * 4, add_time_dim=4)
-    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, scaling=1.0, force_upcast=sdxl)
-    config = ModelConfig("sdxl" if sdxl else "tiny", "epsilon", 32, NoiseSchedule(), unet, vae, text, **more)
-    modules = {"unet": UNet(config.unet), "vae": VAE(config.vae), "text_encoder": TextEncoder(config.text_encoder)}
-    if sdxl:
-        modules["text_encoder_2"] = TextEncoder(config.text_encoder_2)
-    path.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    for name, module in modules.items():
-        state = {k: torch.randn(p.shape, generator=generator) * 0.15 for k, p in module.state_dict().items()}
-        save_file(state, path / f"{name}.safetensors")
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<|unknown|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(path / "tokenizer.json"))
-    write_config(path, config)
-    return path
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "narrow")
-
-
-@pytest.fixture(scope="module")
-def narrow_xl(tmp_path_factory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("models") / "narrow-xl", sdxl=True)
+from unet import UNet
+from vae import VAE
 
 
 @pytest.fixture()
@@ -697,13 +656,6 @@ def test_stopping_a_batch_keeps_the_finished_files_and_nothing_half_written(narr
     monkeypatch.setattr(StableDiffusion, "decode", stop_at_the_second)
     code, _, stderr = command("a circle", "--model", narrow, "--out", tmp_path, "--n", 3, "--steps", 1)
     assert code == 130 and "stopped" in stderr and [p.name for p in tmp_path.iterdir()] == ["00000_0.png"]
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="can't write"), folder.replacing(tmp_path / "x") as part:
-        part.write_text("half")
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_config_json_round_trips(narrow):

@@ -1,0 +1,178 @@
+"""Files of weights as people have them, to tensors by name. Nothing in them is run, and nothing is read before its use.
+
+Start at `read_checkpoint`: a .safetensors file, a pickle (.ckpt, .pt, .pth, .bin), or the folder of one component with
+its file or its shards. `open_safetensors` and `check_names` read strictly what this project has written itself.
+Checked against files of diffusers 0.42.1, transformers 5.23 and open_clip 3.3.0.
+"""
+import contextlib
+import difflib
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from command import InputError
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}      # as safetensors files call them
+DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a file or folder by name, and the names of its entries that are no tensors."""
+    path: Path
+    tensors: dict[str, Stored]
+    others: list[str]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The names, shapes and dtypes of all tensors. InputError where they can't be read safely and completely."""
+    if path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        raise InputError(f"there is no file or folder {path}; give a Hugging Face folder or a .safetensors file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return read_pickle(path)
+    raise InputError(f"{path} is neither a folder nor a .safetensors or .ckpt file; give one of these")
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """One component of a Hugging Face folder, whatever files it is in."""
+    return joined(folder, [("", read_checkpoint(file)) for file in weight_files(folder)])
+
+
+def joined(path: Path, parts: list[tuple[str, Checkpoint]]) -> Checkpoint:
+    """Several checkpoints as one. Each comes with a prefix for its names."""
+    return Checkpoint(path, {prefix + name: tensor for prefix, part in parts for name, tensor in part.tensors.items()},
+                      [prefix + name for prefix, part in parts for name in part.others])
+
+
+def read_safetensors(path: Path) -> Checkpoint:
+    with open_safetensors(path):                     # an InputError unless it is complete and well-formed
+        pass
+    # From here by hand: the library maps the file, and the touched pages of a map count as this program's memory.
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+
+    def read(begin: int, end: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        data = bytearray(end - begin)
+        with path.open("rb") as file:
+            file.seek(8 + size + begin)
+            file.readinto(data)
+        return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(shape)
+
+    tensors = {}
+    for name, entry in header.items():
+        shape, dtype = entry["shape"], DTYPES.get(entry["dtype"], torch.uint8)
+        tensors[name] = Stored(tuple(shape), dtype, partial(read, *entry["data_offsets"], dtype, shape))
+    return Checkpoint(path, tensors, [])
+
+
+def read_pickle(path: Path) -> Checkpoint:
+    """A file of torch.save. Pickles can run code, so what `weights_only` doesn't allow is never loaded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # it warns of TorchScript, and then refuses it: see below
+            data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:                       # a damaged pickle can raise anything
+        if "TorchScript" in str(error):              # as OpenAI published CLIP
+            raise InputError(f"{path} is a program of TorchScript, not a file of weights; get this model as a Hugging "
+                             "Face folder") from None
+        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
+        if refused:
+            raise InputError(f"{path} holds more than tensors ({refused[1]}); loading that could run code hidden "
+                             f"in the file, so it was not loaded; get this model as .safetensors") from None
+        raise InputError(f"{path} is not a complete PyTorch weights file ({type(error).__name__}); "
+                         f"download it again") from None
+    named = data.get("state_dict", data) if isinstance(data, dict) else {}
+    named = named if isinstance(named, dict) else {}
+    tensors = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
+               for name, tensor in named.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise InputError(f"{path} holds no tensors, so it isn't a model; give a checkpoint")
+    outside = [name for name in data if name != "state_dict"] if named is not data else []
+    return Checkpoint(path, tensors, [str(name) for name in [*outside, *named] if name not in tensors])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """One component's file, or its shards: safetensors before pickles, full precision before fp16."""
+    for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json",
+                   ".bin", ".bin.index.json", ".fp16.bin"):
+        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+            path = folder / (stem + ending)
+            if path.is_file() and path.suffix != ".json":
+                return [path]
+            if path.is_file():
+                with json_object(path) as index:
+                    shards = [folder / name for name in sorted(set(index["weight_map"].values()))]
+                for shard in shards:
+                    if not shard.is_file():
+                        raise InputError(f"{path} lists {shard.name}, which isn't there; download it too")
+                return shards
+    raise InputError(f"{folder} has no weights (diffusion_pytorch_model or model, as .safetensors, "
+                     f".fp16.safetensors or .bin); download them")
+
+
+@contextlib.contextmanager
+def json_object(path: Path) -> Iterator[dict[str, Any]]:
+    """A JSON file while the block reads it; entries that are absent or of the wrong kind become an InputError."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"there is no {path}; get the complete Hugging Face folder") from None
+    except KeyError as error:
+        raise InputError(f"{path} lacks the entry {error}; download it again") from None
+    except (AttributeError, IndexError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path} can't be read as a config file ({error}); download it again") from None
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path, remedy: str = "convert the model again") -> Iterator[Any]:
+    """A safetensors file, mapped; InputError where it is absent, cut short or something else."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; {remedy}")
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a complete safetensors file ({error}); download or convert it again") from None
+    with file:
+        yield file
+
+
+def check_names(have: list[str], wanted: list[str], where: str) -> None:
+    """InputError for the first name too many or too few, with the nearest known one."""
+    missing, unknown = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
+    if unknown:
+        raise InputError(f"{where} has {len(unknown)} tensors that this model doesn't know, the first is "
+                         f"{unknown[0]}{nearest(unknown[0], missing or wanted)}")
+    if missing:
+        raise InputError(f"{where} lacks {len(missing)} tensors of this model, the first is {missing[0]}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for an unknown name, to be appended to a message."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

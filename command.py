@@ -1,0 +1,114 @@
+"""What every command of this project needs. It imports nothing of ours.
+
+Wrong input raises `InputError`; `run_command` shows it as one line. Output files are written through `replacing`, so
+that a stopped command leaves no broken file.
+"""
+import argparse
+import contextlib
+import ctypes
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+UMASK = os.umask(0)                              # the only way to read it is to set it
+os.umask(UMASK)
+OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a smaller --width and --height, "
+                 "--batch-size 1, --low-memory, or --vae-tile 64")
+
+
+class InputError(ValueError):
+    """Something that a person gave is wrong. The message is one sentence: what, where, what to do."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default except None, which the help texts explain, and False."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        return action.help if default is None or default is False else super()._get_help_string(action)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's main(). Wrong input: one line on stderr and exit code 2; Ctrl-C: exit code 130."""
+    reuse_memory()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(complain(str(error), 2))
+    except torch.OutOfMemoryError:
+        sys.exit(complain(OUT_OF_MEMORY, 2))
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(complain(f"torch.compile fails here ({str(error).splitlines()[0]}): leave out --compile", 2))
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(complain(OUT_OF_MEMORY, 2))
+    except KeyboardInterrupt:
+        sys.exit(complain("stopped; finished files are kept", 130))
+    except BrokenPipeError:                                            # the reader of stdout has closed it, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def reuse_memory() -> None:
+    """Let freed memory stay with this process and give tensors large pages, on Linux; elsewhere nothing happens.
+
+    Otherwise most tensors of several MB are new memory from the system, filled with zeros in pages of 4 KB. That takes
+    a sixth of the time of SD 1.5's U-Net and a quarter of its decoder's, see benchmarks/README.md. Call it before
+    PyTorch makes the first tensor.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # PyTorch's switch for large pages
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim, mapped = -1, -3                                          # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(mapped, 32 << 20)                                 # larger ones fragment: the decoder's peak rises
+        libc.mallopt(trim, 256 << 20)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of --device; InputError where it is absent or can't compute."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"--device {name} can't be used here ({str(error).splitlines()[0].split('. ')[0]})") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {name} can't hold a picture; use cpu, cuda, mps or xpu")
+    return device
+
+
+def check_flags(*rows: tuple[str, bool, str]) -> None:
+    """InputError for the first flag whose value isn't legal. A row: the flag, whether it is legal, what is legal."""
+    for flag, ok, legal in rows:
+        if not ok:
+            raise InputError(f"{flag} must be {legal}")
+
+
+def check_writable(folder: Path) -> None:
+    """InputError where files can't be written to the folder: better now than after hours of work."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write to {folder} ({error.strerror}); choose another --out") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name next to `path` to write to. It becomes `path` only if the block ends without an error."""
+    part = path.with_name(f".{os.getpid()}.{path.name[-40:]}.part")    # no longer than a name may be
+    try:
+        yield part
+        part.chmod(0o666 & ~UMASK)               # safetensors makes its files readable by their owner only
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"can't write {path} ({error.strerror or error}); choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)

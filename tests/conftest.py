@@ -1,0 +1,118 @@
+"""What many test files share: narrow models that run in milliseconds, seeded numbers, and a runner of commands.
+
+    from conftest import NARROW, UNETS, randn        # values and functions; fixtures come by the names of arguments
+"""
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from clip_text import TextConfig, TextEncoder
+from command import run_command
+from folder import ModelConfig, write_config
+from sampler import NoiseSchedule
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+
+# The shapes of SD 1.x and of SDXL, narrow. `make_folder` has its own, of two levels only.
+NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
+XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
+                add_dim=6, groups=4)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed)[0], dtype=dtype)
+
+
+def make(kind: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A frozen module with PyTorch's own initial weights, always the same."""
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        return kind(*arguments).requires_grad_(False)
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    """Copies of all its tensors."""
+    return [p.detach().clone() for p in module.state_dict().values()]
+
+
+def digest(*modules: nn.Module) -> str:
+    """Equal only where all tensors are."""
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for module in modules for p in weights(module))).hexdigest()
+
+
+UNETS = {config: make(UNet, config) for config in (NARROW, XL)}
+
+
+# ------------------------------------------------------------------------------------------------------- model folders
+
+TEXT = TextConfig(vocab=8, length=6, width=16, layers=2, heads=2, hidden=32, pad=0)
+TWO_LEVELS = UNetConfig(channels=(8, 16), depth=(1, 0), heads=(2, 2), context_dim=16, groups=4, layers=1)
+WORDS = ["<|padding|>", "<|unknown|>", "<|startoftext|>", "a", "red", "blue", "circle", "<|endoftext|>"]
+
+
+def make_folder(path: Path, sdxl: bool = False, channels: tuple[int, ...] = TWO_LEVELS.channels) -> Path:
+    """A model folder with random weights, small enough to sample from in milliseconds."""
+    text, unet, more = TEXT, replace(TWO_LEVELS, channels=channels), {}
+    if sdxl:
+        text = replace(TEXT, output="penultimate")
+        more = dict(text_encoder_2=replace(text, projection=12), zero_negative=True)
+        unet = replace(TWO_LEVELS, context_dim=32, add_dim=12 + 6 * 4, add_time_dim=4)
+    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, scaling=1.0, force_upcast=sdxl)
+    config = ModelConfig("sdxl" if sdxl else "tiny", "epsilon", 32, NoiseSchedule(), unet, vae, text, **more)
+    modules = {"unet": UNet(config.unet), "vae": VAE(config.vae), "text_encoder": TextEncoder(config.text_encoder)}
+    if sdxl:
+        modules["text_encoder_2"] = TextEncoder(config.text_encoder_2)
+    path.mkdir(parents=True)
+    generator, = seeded(0)
+    for name, module in modules.items():
+        state = {k: torch.randn(p.shape, generator=generator) * 0.15 for k, p in module.state_dict().items()}
+        save_file(state, path / f"{name}.safetensors")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    write_config(path, config)
+    return path
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory) -> Path:
+    """A model folder that no test may change."""
+    return make_folder(tmp_path_factory.mktemp("models") / "narrow")
+
+
+@pytest.fixture(scope="session")
+def narrow_xl(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "narrow-xl", sdxl=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+@pytest.fixture()
+def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs the main() of a command in this process with these arguments -> exit code, stdout, stderr."""
+    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+    return run

@@ -1,0 +1,59 @@
+"""command.py: wrong input is one line, and what was written is whole or absent."""
+import pytest
+import torch
+
+from command import InputError, check_device, check_flags, check_writable, replacing
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="can't write"), replacing(tmp_path / "x") as part:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_whole_write_takes_the_place_of_the_old_file(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with replacing(tmp_path / "x") as part:
+        part.write_text("new")
+        assert (tmp_path / "x").read_text() == "old"
+    assert (tmp_path / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_devices_that_compute_are_taken():
+    assert check_device("cpu") == torch.device("cpu")
+    for name, words in (("abacus", "can't be used here"), ("meta", "can't hold a picture")):
+        with pytest.raises(InputError, match=words):
+            check_device(name)
+
+
+def test_the_first_illegal_flag_is_named():
+    check_flags(("--n", True, "1 or more"))
+    with pytest.raises(InputError, match="--steps must be 2 or more"):
+        check_flags(("--n", True, "1 or more"), ("--steps", False, "2 or more"), ("--lr", False, "0"))
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    check_writable(tmp_path)
+    with pytest.raises(InputError, match="can't write to .*nowhere .* choose another --out"):
+        check_writable(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (InputError("no such file x; give another"), 2, "error: no such file x; give another"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: out of memory: try"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory: try"),
+    (KeyboardInterrupt(), 130, "error: stopped")])
+def test_what_ends_a_command_is_one_line(error, code, words, command):
+    def main() -> None:
+        raise error
+    result, out, err = command(main)
+    assert (result, out) == (code, "") and err.startswith(words) and err.count("\n") == 1
+
+
+def test_errors_of_the_program_itself_are_not_hidden(command):
+    def main() -> None:
+        raise RuntimeError("shapes don't match")
+    with pytest.raises(RuntimeError, match="shapes"):
+        command(main)
