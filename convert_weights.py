@@ -529,7 +529,7 @@ def unet_names(config: UNetConfig) -> dict[str, str]:
         for j in range(row):
             resnets[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * row + j}.0"
             names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * row + j}.1"
-        place = 2 if config.depth[-1 - i] else 1     # behind the attention, where the level has one
+        place = 2 if config.depth[-1 - i] else 1     # after the attention, where the level has one
         names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * row + config.layers}.{place}.conv"
     inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -660,7 +660,7 @@ def read_word_pieces(path: Path) -> dict[str, int]:
 
 
 def build_word_pieces(vocab: dict[str, int]) -> tokenizers.Tokenizer:
-    """BERT's uncased tokenizer, with the two tokens that BLIP added behind its vocabulary."""
+    """BERT's uncased tokenizer, with the two tokens that BLIP appended to its vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -76,7 +76,7 @@ class Training:
     clip: the largest norm of the gradient. adamw: more arguments of the optimiser. facts: what the run depends on.
     InputError where the file belongs to another module or other facts.
     """
-    KEPT = ("average", "step", "seconds", "curve", "scores")           # beside module, optimiser and facts
+    KEPT = ("average", "step", "seconds", "curve", "scores")           # with the module's and the optimiser's states
 
     def __init__(self, module: nn.Module, path: Path | None = None, lr: float = 1e-3, weight_decay: float = 1e-2,
                  seed: int = 0, averaged: bool = False, clip: float | None = None, adamw: dict[str, Any] | None = None,
@@ -262,12 +262,12 @@ def train_denoiser(sd: StableDiffusion, run: Training,
 # ------------------------------------------------------------------------------------------------------------- the data
 
 def read_pairs(folder: Path) -> list[tuple[Path, str]]:
-    """The pictures of a folder, NAME.png or .jpg, with the captions beside them in NAME.txt."""
+    """The pictures of a folder, NAME.png or .jpg, each with its caption in NAME.txt."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; --data is a folder of NAME.png (or .jpg) beside NAME.txt")
+        raise InputError(f"there is no folder {folder}; --data is a folder of NAME.png (or .jpg), each with a NAME.txt")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not paths:
-        raise InputError(f"{folder} has no pictures; it must have NAME.png (or .jpg) beside NAME.txt")
+        raise InputError(f"{folder} has no pictures; it must have NAME.png (or .jpg), each with a NAME.txt")
     missing = [path for path in paths if not path.with_suffix(".txt").is_file()]
     if missing:
         raise InputError(f"{len(missing)} of the {len(paths)} pictures in {folder} have no caption, the first is "
@@ -280,7 +280,7 @@ def read_pairs(folder: Path) -> list[tuple[Path, str]]:
 
 def read_batches(pairs: list[tuple[Path, str]], size: int, batch: int, seed: int,
                  first: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
-    """This process's part of endless batches, from step `first` on: every epoch in another order, squares of `size`."""
+    """This process's part of endless batches of square pictures, from step `first` on. Each epoch has its own order."""
     part, order = batch // world(), {}
     for step in range(first, 10 ** 12):
         images, captions = [], []

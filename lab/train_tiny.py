@@ -93,7 +93,7 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.devic
         return crowd(int(rng.integers(5_000)))[y:y + SIZE // 2, x:x + SIZE // 2]
 
     def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, 1, rank(), 1, step])        # a new one a step: a resumed run is the same
+        rng = np.random.default_rng([seed, 1, rank(), 1, step])        # one per step: a resumed run is the same
         whole = step >= steps * 3 // 4
         n = batch // 4 if whole else batch                             # whole pictures have four times the pixels
         x = to_tensor(np.stack([picture(whole, rng) for _ in range(n)])).to(device)
@@ -306,7 +306,7 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], t
         z, eps = torch.from_numpy(rng.standard_normal((2, batch, *mean.shape[1:]), np.float32)).to(device)
         x0 = mean[rows].float().to(device) + std[rows].float().to(device) * z
         # Shape and place are decided at high noise, where the error in the noise says little of that in the picture:
-        # such times are drawn a little more often, and weigh up to five times as much (in a lesson, up to fifty).
+        # those times are drawn a little more often, and weigh up to five times as much (in a lesson, up to fifty).
         u = rng.random(batch)
         t = torch.from_numpy(np.where(lesson, 900 + 100 * u, 1000 * u ** 0.7).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
@@ -374,8 +374,8 @@ def main() -> None:
     parser.add_argument("--clip-side-steps", type=int, default=6000, help="then, about any sides (%(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of stage 3 (%(default)s)")
     parser.add_argument("--side-steps", type=int, default=3000, help="then, with words for sides (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=40_000, help="different scenes a process (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per step and process (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=40_000, help="different scenes per process (%(default)s)")
     parser.add_argument("--score-n", type=int, default=8, help="prompts judged, per kind and half, at each checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")

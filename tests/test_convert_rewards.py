@@ -204,12 +204,12 @@ def test_an_openclip_scores_as_open_clip_itself(tmp_path, quick_gelu):
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 def test_a_clip_of_transformers_scores_as_there(tmp_path, kind):
     transformers = pytest.importorskip("transformers", reason="parity needs transformers (requirements-dev.txt)")
+    torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "projection_dim": 16}
     peer = transformers.CLIPModel(transformers.CLIPConfig(
         text_config={"hidden_size": 16, "vocab_size": VOCAB_SIZE, "eos_token_id": VOCAB_SIZE - 1,
                      "bos_token_id": VOCAB_SIZE - 2, **sizes},
         vision_config={"hidden_size": 32, "image_size": 32, "patch_size": 8, **sizes}, projection_dim=16)).eval()
-    torch.manual_seed(0)
     for p in peer.parameters():
         p += 0.2 * torch.randn_like(p)
     peer.save_pretrained(tmp_path / "clip")
