@@ -56,7 +56,7 @@ from folder import (
     run_command,
     write_config,
 )
-from lab.freeu_study import mixed_prompts
+from lab.evaluate import mixed_prompts
 from memory import FusedAttention, Meter, weight_bytes
 from txt2img import StableDiffusion
 from unet import UNet
