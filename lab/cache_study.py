@@ -132,7 +132,7 @@ def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Resul
         plain = drawn[arm.base]
         if absent := [k for k in batch if k not in plain]:             # the base was measured by an earlier run
             plain |= zip(absent, to_bytes(sample(sd, [prompts[k] for k in absent], [seed + k for k in absent],
-                                                 {**settings, **bases[arm.base].settings})))
+                                                 bases[arm.base].over(settings))))
         return [{"PSNR": psnr(*(torch.from_numpy(of).float() / 255 for of in (picture, plain[k])))}
                 for k, picture in zip(batch, pictures)]
 
@@ -156,7 +156,7 @@ def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Resul
 def clock(sd: StableDiffusion, table: list[Arm], settings: Row, n: int, rounds: int, results: Results) -> None:
     """Adds the measured speed-up of every arm: sampling n pictures at a time, all arms in turn, medians."""
     prompts, measured = mixed_prompts(n, seed=60_000), results.read("measure")
-    calls = {arm.name: lambda arm=arm: sd.sample(prompts, **{**settings, **arm.settings}) for arm in table}
+    calls = {arm.name: lambda arm=arm: sd.sample(prompts, **arm.over(settings)) for arm in table}
     for row in against_first(alternate(calls, rounds, sd.device.type),
                              {arm.name: measured[arm.name]["arithmetic"] for arm in table}):
         results.write("measure", row["what"], measured[row["what"]] | {
@@ -187,7 +187,7 @@ def pictures(sd: StableDiffusion, table: list[Arm], settings: Row, seed: int, pa
         "base", "DeepCache b0 N3", "DeepCache b1 N3", "DeepCache b1 N10", "Faster paper", "Faster paper, noise",
         "Faster 10", "FreeU", "FreeU + DeepCache b1 N3")]
     prompts = list(TINY_PROMPTS[:6])
-    images = [sample(sd, prompts, seed, {**settings, **arm.settings}) for arm in shown]
+    images = [sample(sd, prompts, seed, arm.over(settings)) for arm in shown]
     study.sheet([(prompt, [of[k] for of in images]) for k, prompt in enumerate(prompts)], path,
                 [arm.name for arm in shown], f"{settings['steps']} steps")
 

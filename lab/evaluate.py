@@ -85,9 +85,14 @@ def read_rows(path: Path) -> list[Row]:
 def evaluate(sd: StableDiffusion, prompts: list[str], batch: int = 25, seed: int = 0,
              **settings) -> tuple[list[shapes.Verdict], list[np.ndarray]]:
     """Verdicts and pictures (H, W, 3) of bytes, one per prompt; picture k has seed + k. settings: of `sd.sample`."""
-    pictures = [picture for start in tqdm(range(0, len(prompts), batch), unit="batch", leave=False)
-                for picture in to_bytes(sample(sd, prompts[start:start + batch], seed + start, settings))]
-    return [shapes.judge(image, prompt) for image, prompt in zip(pictures, prompts)], pictures
+    pictures = draw(sd, prompts, batch, seed, settings)
+    return [shapes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)], pictures
+
+
+def draw(sd: StableDiffusion, prompts: list[str], batch: int, seed: int, settings: Any) -> list[np.ndarray]:
+    """One picture (H, W, 3) of bytes per prompt; picture k has seed + k. settings: as in `sample`."""
+    return [picture for start in tqdm(range(0, len(prompts), batch), unit="batch", leave=False)
+            for picture in to_bytes(sample(sd, prompts[start:start + batch], seed + start, settings))]
 
 
 def sample(sd: StableDiffusion, prompts: list[str], seed: int | list[int], settings: Any) -> Tensor:
@@ -135,12 +140,10 @@ def measure_arm(sd: StableDiffusion, results: Results, arm: Arm, prompts: list[s
     """
     path = results.path.with_name(f"{results.path.name} {arm.name}")
     made = {"what": arm.text, "seed": seed, "n": len(prompts), **settings}
-    given = {**settings, **arm.settings} if isinstance(arm.settings, dict) else (
-        lambda first: {**settings, **arm.settings(first)})
-    made |= {"arm": arm.settings} if isinstance(arm.settings, dict) else {}
+    made |= {} if callable(arm.settings) else {"arm": arm.settings}
 
     def make() -> Row:
-        rows = measure(sd, prompts, seed, batch, given, path, results.made_with | made, more)
+        rows = measure(sd, prompts, seed, batch, arm.over(settings), path, results.made_with | made, more)
         return {name: "".join(str(int(row[name])) for row in rows) for name in ("strict", "loose")} | summary(rows)
     entry = results.entry("measure", arm.name, make, **made)
     study.remove_parts(path)

@@ -43,6 +43,11 @@ class Arm:
     base: str = "base"
     group: str = ""                # its line in a figure
 
+    def over(self, settings: Row) -> Any:
+        """The arm's settings, on top of those that all arms have."""
+        own = self.settings
+        return (lambda seed: {**settings, **own(seed)}) if callable(own) else {**settings, **own}
+
 
 def to_json(value: Any) -> Any:
     """The value as it comes back from a JSON file: estimates as objects, settings as their text in Python."""
