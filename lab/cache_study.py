@@ -22,7 +22,7 @@ from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate
 from folder import InputError, run_command
 from freeu import PRESETS, FreeU
 from lab import study
-from lab.evaluate import measure_arm, mixed_prompts, sample, scores, to_bytes
+from lab.evaluate import compare_arms, measure_arm, mixed_prompts, sample, to_bytes
 from lab.freeu_study import PROMPTS, TINY_PROMPTS
 from lab.study import Arm, Results, Row, bootstrap, line, markdown
 from memory import run_macs
@@ -141,13 +141,12 @@ def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Resul
         return {"PSNR": float(np.median(of)), "PSNR, 5 % and 95 %": np.percentile(of, (5, 95)).tolist()}
     for arm in tqdm(table, desc="arms", unit="arm"):
         measure_arm(sd, results, arm, prompts, seed, 50, settings, partial(likeness, arm), summary)
-    kept = results.read("measure")
-    found = study.compare(table, {arm.name: scores(kept[arm.name]) for arm in table}, prompts)
+    found = compare_arms(results, arms(settings["steps"]).values(), prompts, "base")
     rows = [["arm", "times less arithmetic", "score", "base", *study.LEAD, "PSNR, dB"]]
     for arm in table:
         techniques = {name: of for name, of in arm.settings.items() if name in ("cache", "tgate")}
         less = macs(settings["steps"]) / macs(arm.settings.get("steps", settings["steps"]), **techniques)
-        x = kept[arm.name] | found[arm.name] | {"group": arm.group, "arithmetic": less}
+        x = found[arm.name] | {"group": arm.group, "arithmetic": less}
         results.write("measure", arm.name, x)
         rows.append([arm.name, f"{less:.2f}", f"{x['score']:.3f}", arm.base, *study.lead_cells(x), f"{x['PSNR']:.1f}"])
     print(f"n = {n}; intervals are 95 %\n\n{markdown(rows)}", flush=True)

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,22 @@ def measure_arm(sd: StableDiffusion, results: Results, arm: Arm, prompts: list[s
 def scores(entry: Row, which: str = "loose") -> np.ndarray:
     """(pictures,) of 0 and 1"""
     return np.array(list(entry[which]), float)
+
+
+def compare_arms(results: Results, known: Iterable[Arm], prompts: list[str], name: str,
+                 which: str = "loose") -> dict[str, Row]:
+    """The entries of all known arms that were measured with the same settings as arm `name`, with scores and leads.
+
+    Those of earlier runs count as well, so that p is corrected over all arms even if a run measures only some.
+    """
+    kept = results.read("measure")
+    shared = lambda name: {what: of for what, of in kept[name]["made with"].items() if what not in ("what", "arm")}
+    same = [arm for arm in known if arm.name in kept and kept[arm.name]["made with"]["what"] == arm.text
+            and shared(arm.name) == shared(name)]
+    found = study.compare(same, {arm.name: scores(kept[arm.name], which) for arm in same}, prompts)
+    for arm in same:
+        results.write("measure", arm.name, kept[arm.name] | found[arm.name])
+    return {name: kept[name] | row for name, row in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- numbers

@@ -20,7 +20,7 @@ from folder import InputError, run_command
 from freescale import FreeScale
 from highres_baselines import demo_fusion, hidiffusion, scale_crafter
 from lab import shapes, study
-from lab.evaluate import draw, make_scenes, measure_arm, sample, scores
+from lab.evaluate import compare_arms, draw, make_scenes, measure_arm, sample
 from lab.study import Arm, Results, Row, markdown
 from memory import measure
 from txt2img import StableDiffusion
@@ -122,12 +122,10 @@ def main() -> None:
                                           "peak GB": cost.peak / 1e9}
         measure_arm(sd, results, arm, prompts, args.seed, args.batch_size, settings, more, totals)
         pictures.append((arm.name, draw(sd, prompts[:shown], args.batch_size, args.seed, arm.over(settings))))
-    kept = results.read("measure")
-    found = study.compare(table, {arm.name: scores(kept[arm.name], "strict") for arm in table}, prompts)
+    found = compare_arms(results, known.values(), prompts, table[0].name, "strict")
     rows = [["arm", "right", "over FreeScale", *study.LEAD[1:], "too many", "too few", "spectra", "seconds", "GB"]]
     for arm in table:
-        x = kept[arm.name] | found[arm.name]
-        results.write("measure", arm.name, x)
+        x = found[arm.name]
         rows.append([arm.name, f"{x['score']:.3f}", *study.lead_cells(x), *(
             f"{x[what]:.{digits}f}" for what, digits in (("too many", 3), ("too few", 3), ("distance of spectra", 3),
                                                          ("seconds", 2), ("peak GB", 3)))])

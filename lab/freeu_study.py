@@ -24,7 +24,7 @@ from tqdm import tqdm
 from folder import run_command
 from freeu import PRESETS, FreeU, scale_long, skip_tuning, structure_gain
 from lab import study
-from lab.evaluate import evaluate, measure_arm, mixed_prompts, scores
+from lab.evaluate import compare_arms, evaluate, measure_arm, mixed_prompts, scores
 from lab.shapes import KINDS
 from lab.study import Arm, Results, Row, line, markdown, plot, pyplot, sheet
 from txt2img import StableDiffusion
@@ -426,13 +426,13 @@ def measure(sd: StableDiffusion, results: Results, table: list[Arm], settings: R
     fresh = [k for k, prompt in enumerate(prompts) if prompt not in known]
     right = {arm.name: scores(measure_arm(sd, results, arm, prompts, seed, 50, settings))
              for arm in tqdm(table, desc="arms", unit="arm")}
-    found = study.compare(table, right, prompts)
+    found = compare_arms(results, table, prompts, "base")
     unseen = study.compare(table, {name: of[fresh] for name, of in right.items()}, [prompts[k] for k in fresh]
                            ) if fresh else {}
     rows = [["arm", "score", *study.LEAD, f"over base, {len(fresh)} prompts that the search didn't have", "what it is"]]
     for arm in table:
         lead = unseen.get(arm.name, {}).get("over base")
-        results.write("measure", arm.name, results.read("measure")[arm.name] | found[arm.name] | {
+        results.write("measure", arm.name, found[arm.name] | {
             "prompts the search didn't have": {"n": len(fresh), "over base": lead},
             "by kind": {kind: float(right[arm.name][k::len(KINDS)].mean()) for k, kind in enumerate(KINDS)}})
         rows.append([arm.name, f"{found[arm.name]['score']:.3f}", *study.lead_cells(found[arm.name]),

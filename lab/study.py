@@ -356,15 +356,15 @@ def check(args: argparse.Namespace, judged: str, runs: tuple[int, ...], **least:
     judged: the flags that need the drawn world's model, "" if none does. runs: steps that the sampler must
     be able to take. least: the smallest legal value by flag.
     """
-    for name, smallest in least.items():
-        if getattr(args, name) < smallest:
-            raise InputError(f"--{name.replace('_', '-')} must be {smallest} or more")
     try:
         for steps in runs:
             plan(args.sampler, steps)
         torch.empty(0, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:        # the last two: no such device
         raise InputError(str(error).splitlines()[0]) from None
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            raise InputError(f"--{name.replace('_', '-')} must be {smallest} or more")
     family = read_config(args.model).family
     if judged and family != "tiny":
         raise InputError(f"{judged}: only pictures of the drawn world can be judged, and {args.model} ({family}) "

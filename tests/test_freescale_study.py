@@ -32,7 +32,8 @@ def test_drawings_of_the_scenes_are_right_at_any_size_and_a_repeated_object_is_n
     prompts, scenes = make_scenes("colors", 12, 1)
     for size in (128, 256):
         real = [shapes.draw(scene, size, size) for scene in scenes]
-        four, spectrum = [np.tile(picture[::2, ::2], (2, 2, 1)) for picture in real], log_spectrum(list(map(power, real)))
+        four = [np.tile(picture[::2, ::2], (2, 2, 1)) for picture in real]
+        spectrum = log_spectrum(list(map(power, real)))
         for pictures, right, too_many in ((real, True, 0), (four, False, 1)):
             found = summary([facts(*pair) for pair in zip(pictures, prompts)], spectrum)
             assert all(judged(*pair)["strict"] == right for pair in zip(pictures, prompts))
