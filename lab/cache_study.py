@@ -86,7 +86,7 @@ def curves(sd: StableDiffusion, prompts: list[str], settings: Row, seed: int, ou
         moves.append((dict(title=half, yscale="log", ylabel="change from the step before, relative"), lines))
         sizes.append((dict(xlabel="step", yscale="log", ylabel="root mean square"), size_lines))
     study.plot([moves, sizes], f"Outputs of the U-Net's levels over {steps} steps, mean of {len(prompts)} images",
-               out / "curves.png", size=4.8)
+               out / "curves.png", size=4.8, share=True)
     return numbers
 
 

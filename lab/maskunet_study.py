@@ -31,25 +31,9 @@ from tqdm import tqdm
 
 from folder import InputError, replacing, run_command
 from lab import shapes
+from lab import study as lab_study
 from lab.evaluate import BENCH, drawn_features, evaluate, frechet_distance, judged, read_rows, to_bytes
-from lab.study import (
-    LEAD,
-    Arm,
-    Estimate,
-    Row,
-    bootstrap,
-    check,
-    choose,
-    compare,
-    flags,
-    lead_cells,
-    line,
-    load,
-    markdown,
-    plot,
-    to_json,
-    write_text,
-)
+from lab.study import Arm, Estimate, Row, bootstrap, line, markdown
 from lab.train_tiny import world_latents
 from maskunet import (
     DynamicMasks,
@@ -227,7 +211,7 @@ class Study:
         """What `judge` or `search` gives for an arm, made if it isn't there."""
         path = self.result_path(method, name, k)
         if not path.exists():
-            write_text(path, json.dumps(getattr(self, method)(name, k)) + "\n")
+            lab_study.write_text(path, json.dumps(getattr(self, method)(name, k)) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def trained(self, name: str, seed: int, part: float = 1.0, factor: float = 1.0) -> nn.Module:
@@ -428,7 +412,7 @@ def kinds_of(n: int) -> list[str]:
 def summarize(found: dict[str, list[Row]], prompts: list[str], real: np.ndarray | None) -> dict[str, Row]:
     """Each arm's numbers; those over base are paired: the same prompts and noises, the same pictures and times."""
     right, kinds = {name: verdicts(results) for name, results in found.items()}, kinds_of(len(prompts))
-    table = compare([ARMS[name] for name in found], right, prompts, kinds)
+    table = lab_study.compare([ARMS[name] for name in found], right, prompts, kinds)
     bucket = np.array(found["base"][0]["times"]) * BUCKETS // 1000
     plain = np.array([result["losses"] for result in found["base"]])
     for name, results in found.items():
@@ -452,7 +436,7 @@ def summarize_free(found: dict[str, list[Row]], prompts: list[str]) -> dict[str,
     """Likewise, of the arms without training."""
     joined = {name: verdicts([{"right": "".join(part["right"] for part in parts)}])[0] for name, parts in found.items()}
     rewards = {name: np.concatenate([part["reward"] for part in parts]) for name, parts in found.items()}
-    table = compare([Arm(name, name, None) for name in found], joined, prompts, kinds_of(len(prompts)))
+    table = lab_study.compare([Arm(name, name, None) for name in found], joined, prompts, kinds_of(len(prompts)))
     for name, parts in found.items():
         table[name] |= {"reward": mean(rewards[name]), "reward over base": mean(rewards[name] - rewards["base"]),
                         "seconds": float(np.mean([part["seconds"] for part in parts])), "GB": parts[0]["GB"]}
@@ -465,13 +449,13 @@ def thousandths(x: Estimate) -> str:
 
 def tables(trained: dict[str, Row], free: dict[str, Row]) -> str:
     """Everything in Markdown."""
-    scores = [["arm", "trained", "density", "score", *LEAD, *shapes.KINDS, "Frechet", "loss",
+    scores = [["arm", "trained", "density", "score", *lab_study.LEAD, *shapes.KINDS, "Frechet", "loss",
                "loss over base, 1e-3"]]
     times = [["arm", *(f"t < {1000 * (b + 1) // BUCKETS}" for b in range(BUCKETS))]]
     differ = []
     for name, x in trained.items():
         scores.append([name, str(x["trained"]), f"{np.mean(x['density']):.4f}", f"{x['score']:.3f}",
-                       *lead_cells(x), *(f"{kind.mean:.2f}" for kind in x["kinds"].values()),
+                       *lab_study.lead_cells(x), *(f"{kind.mean:.2f}" for kind in x["kinds"].values()),
                        "" if x["Frechet"] is None else f"{x['Frechet']:.2f}", f"{x['loss'].mean:.5f}",
                        thousandths(x["loss over base"])])
         times.append([name, *("" if y is None else thousandths(y) if isinstance(y, Estimate) else f"{y:.5f}"
@@ -479,8 +463,8 @@ def tables(trained: dict[str, Row], free: dict[str, Row]) -> str:
         if x["differ"] is not None:
             differ = differ or [["arm", *x["differ"]]]
             differ.append([name, *(f"{y:.5f}" for y in x["differ"].values())])
-    searches = [["arm", "score", *LEAD, "reward", "over base", "seconds per picture", "GB, one picture", "n"]]
-    searches += [[name, f"{x['score']:.3f}", *lead_cells(x), f"{x['reward']:.3f}",
+    searches = [["arm", "score", *lab_study.LEAD, "reward", "over base", "seconds per picture", "GB, one picture", "n"]]
+    searches += [[name, f"{x['score']:.3f}", *lab_study.lead_cells(x), f"{x['reward']:.3f}",
                   f"{x['reward over base']:+.3f}", f"{x['seconds']:.1f}", f"{x['GB']:.3f}", str(x["score"].n)]
                  for name, x in free.items()]
     n = next((x["score"].n for x in trained.values()), 0)
@@ -503,7 +487,7 @@ def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
                         line(x, [0 * step for step in x], fmt=":", color="gray")]))
     panels.append((dict(xlabel="training steps", ylabel="part of the masked weights that is kept"),
                    [line(x, [np.mean(row["density"]) for _, row in points], fmt="o-", color="C1")]))
-    plot([panels], "Learned masks over their training", path)
+    lab_study.plot([panels], "Learned masks over their training", path)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -542,8 +526,9 @@ def sweep(study: Study) -> None:
 
 
 def main() -> None:
-    parser = flags("Learned masks, other ways to train, and searches, on the tiny model.",
-                   "model out arms steps sampler cfg_scale device", out=Path("out/maskunet"), steps=300, cfg_scale=5.0)
+    parser = lab_study.flags("Learned masks, other ways to train, and searches, on the tiny model.",
+                             "model out arms steps sampler cfg_scale device", out=Path("out/maskunet"), steps=300,
+                             cfg_scale=5.0)
     for flag, default, text in (
             ("--seeds", 3, "trainings per recipe, of --steps each"), ("--batch", 32, "pictures per training step"),
             ("--scenes", 4000, "to train on"), ("--validation", 512, "pictures per loss"),
@@ -567,10 +552,10 @@ def main() -> None:
         if not ok:
             raise InputError(f"{flag} must be {legal}")
     free = ["base", "masks 0", *(f"masks {k}" for k in args.iterations), *(f"noise {k}" for k in args.noise_iterations)]
-    wanted = choose(dict.fromkeys([*ARMS, *free]), args.arms)
-    check(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), seeds=1, steps=1, batch=1, scenes=1,
-          validation=5)
-    sd, made_with = load(args, torch.float32)
+    wanted = lab_study.choose(dict.fromkeys([*ARMS, *free]), args.arms)
+    lab_study.check(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), seeds=1, steps=1, batch=1,
+                    scenes=1, validation=5)
+    sd, made_with = lab_study.load(args, torch.float32)
     work = args.out / "work"
     work.mkdir(exist_ok=True)
     torch.set_flush_denormal(True)
@@ -604,9 +589,9 @@ def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int
     made_with = made_with | {"seeds": seeds, "drawn": drawn} | {name: getattr(study, name) for name in (
         "steps", "batch", "scenes", "validation", "n", "free_n", "free_steps", "settings")}
     text = tables(trained, searched)
-    write_text(out / "maskunet.json", json.dumps(to_json(
+    lab_study.write_text(out / "maskunet.json", json.dumps(lab_study.to_json(
         {"made with": made_with, "trained": trained, "searched": searched}), indent=1) + "\n")
-    write_text(out / "maskunet.md", text)
+    lab_study.write_text(out / "maskunet.md", text)
     draw_curve(trained, study.steps, out / "training.png")
     print(text)
 

@@ -304,19 +304,19 @@ def line(x: Any, y: Any, label: str | None = None, fmt: str = "-", color: Any = 
 
 
 def plot(panels: list[list[tuple[Row, list[Row]]]], title: str, path: Path, size: float = 3.4,
-         legend: bool = False) -> None:
+         legend: bool = False, share: bool = False) -> None:
     """Rows of panels, each the settings of its axes (title, ylabel, yscale, ...) and its lines, as a PNG.
 
-    legend: one for all panels, in place of one per panel of the first row.
+    legend: one for all panels, in place of one per panel of the first row. share: one y axis per row.
     """
     rows, columns = len(panels), len(panels[0])
     figure, axes = pyplot().subplots(rows, columns, figsize=(size * columns + 0.5, 0.85 * size * rows + 0.6),
-                                     squeeze=False, layout="constrained")
+                                     squeeze=False, sharey="row" if share else False, layout="constrained")
     for axis, (look, lines) in zip(axes.flat, (panel for row in panels for panel in row)):
         for of in lines:
             axis.errorbar(**of, linewidth=1.3, markersize=3, capsize=2)
         axis.set(**look)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.25)
         for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
             text.set_fontsize(8)
