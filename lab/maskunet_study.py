@@ -181,9 +181,9 @@ class Study:
     steps: int = 300                               # of every training
     batch: int = 32
     scenes: int = 4000
-    validation: int = 512                          # pictures behind a loss
-    n: int = 90                                    # pictures an arm and seed, the six kinds alike
-    free_n: int = 24                               # likewise, an arm of the training-free ones
+    validation: int = 512                          # pictures per loss
+    n: int = 90                                    # pictures per arm and seed, the six kinds alike
+    free_n: int = 24                               # likewise, per training-free arm
     free_steps: int = 15
     settings: Row = field(default_factory=dict)             # of `sd.sample`
 

@@ -172,16 +172,17 @@ def bootstrap(values: Any, prompts: Sequence | None = None, kinds: Sequence | No
 
     Prompts are drawn with replacement within each kind, all pictures of a prompt together: they are not independent.
     (Drawing single pictures gives the same numbers where no prompt occurs twice, and too narrow intervals otherwise.)
-    Trainings are drawn likewise, each with the same prompts.
+    Trainings are drawn likewise, each with the same prompts. A kind with one prompt has no spread to see: p is 1 then.
     """
     values, rng = np.atleast_2d(np.asarray(values, float)), np.random.default_rng(0)
     prompts = range(values.shape[1]) if prompts is None else prompts
     kinds = np.array(["overall"] * values.shape[1] if kinds is None else list(kinds))
     trainings, found, all_drawn = rng.integers(len(values), size=(draws, len(values))).T, {}, []
+    seen = True
 
     def estimate(mean: float, drawn: np.ndarray, n: int) -> Estimate:
         p = 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (draws + 1)
-        return Estimate(float(mean), *np.quantile(drawn, (0.025, 0.975)).tolist(), n, float(min(p, 1)))
+        return Estimate(float(mean), *np.quantile(drawn, (0.025, 0.975)).tolist(), n, float(min(p, 1)) if seen else 1.0)
     for kind in dict.fromkeys(kinds.tolist()):
         chosen = np.flatnonzero(kinds == kind)
         place = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts[k] for k in chosen))}
@@ -189,6 +190,7 @@ def bootstrap(values: Any, prompts: Sequence | None = None, kinds: Sequence | No
         sums, counts = np.zeros((len(values), len(place))), np.bincount(cluster)
         np.add.at(sums, (slice(None), cluster), values[:, chosen])
         drawn = rng.integers(len(place), size=(draws, len(place)))
+        seen = seen and len(place) > 1
         means = sums[:, drawn].sum(axis=2) / counts[drawn].sum(axis=1)                   # (trainings, draws)
         all_drawn.append(np.take_along_axis(means, trainings, axis=0).mean(axis=0))
         found[kind] = estimate(values[:, chosen].mean(), all_drawn[-1], len(values) * len(chosen))
@@ -206,8 +208,11 @@ def holm(p: dict[str, float]) -> dict[str, float]:
 
 
 def says(lead: Estimate, p: float) -> str:
-    """What a difference shows. Within the margin it counts as none, however certain it is."""
-    if -MARGIN < lead.low and lead.high < MARGIN:
+    """What a difference shows. Within the margin it counts as none, however certain it is.
+
+    Fewer than 3 / MARGIN pictures never show that: if no picture differs, up to 3 / n of all may (the rule of three).
+    """
+    if -MARGIN < lead.low and lead.high < MARGIN and lead.n >= 3 / MARGIN:
         return "the same"
     return "not decided" if p >= 0.05 else "higher" if lead.mean > 0 else "lower"
 
