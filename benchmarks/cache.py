@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate
 from command import InputError, replacing, run_command
 from folder import TINY
-from lab.evaluate import evaluate
-from lab.freeu_study import mixed_prompts, paired_interval
+from lab.evaluate import evaluate, mixed_prompts
+from lab.study import bootstrap
 from memory import measure, run_macs, unit_macs
 from pictures import psnr
 from sampler import generate
@@ -312,7 +312,8 @@ def tiny(args: argparse.Namespace) -> list[dict[str, Any]]:
         plain = plain or pictures
         right = np.array([v.ok for v in verdicts])
         likeness = [psnr(*(torch.from_numpy(p).float() / 255 for p in pair)) for pair in zip(pictures, plain)]
-        row |= {"score": float(right.mean()), "95 % interval": paired_interval(right, 0 * right), "n": len(prompts)}
+        score = bootstrap(right, prompts)["overall"]
+        row |= {"score": score.mean, "95 % interval": [score.low, score.high], "n": score.n}
         row |= {"PSNR, dB (median)": None if pictures is plain else median(likeness)}
     return rows
 

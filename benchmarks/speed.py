@@ -47,7 +47,7 @@ from clip_text import TextConfig, TextEncoder
 from command import InputError, replacing, run_command
 from convert_weights import FAMILIES
 from folder import TINY, ModelConfig, build, load_weights, read_config, write_config
-from lab.freeu_study import mixed_prompts
+from lab.evaluate import mixed_prompts
 from memory import FusedAttention, Meter, weight_bytes
 from stable_diffusion import StableDiffusion
 from unet import UNet

@@ -1,44 +1,32 @@
-"""What motivates caches, and what they cost: features over the steps, and quality against speed on the tiny model.
+"""How features change over the steps, which is why caches work, and quality against speed of caches on the tiny model.
 
     python -m lab.cache_study --curves                 # how the U-Net's features change over the steps, on any model
     python -m lab.cache_study --curves --measure       # also the exact score of every schedule, and pictures of some
 
 Start at `curves` and `arms`. Encoder and decoder are compared as in Faster Diffusion's paper, figures 2 and 3: how far
-each level's output moves from one step to the next. `Watch` sees it from a cache's place in the U-Net, reusing nothing.
-What is there already, made with the same settings and weights, is not made again; all numbers are in cache.json.
+each level's output moves from one step to the next. `Watch` takes a cache's place in the U-Net and reuses nothing.
+Results made with the same settings and weights are kept; all numbers are in cache.json.
 Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858, which has the same curves for its branch.
 """
-import argparse
-import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.cache import against_first, alternate
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate
 from command import InputError, run_command
-from folder import TINY, read_config
 from freeu import PRESETS, FreeU
-from lab.evaluate import evaluate
-from lab.freeu_study import (
-    PROMPTS,
-    TINY_PROMPTS,
-    fill,
-    mixed_prompts,
-    paired_interval,
-    pyplot,
-    read_json,
-    save,
-    sheet,
-    write_json,
-)
+from lab import study
+from lab.evaluate import compare_arms, measure_arm, mixed_prompts, sample, to_bytes
+from lab.freeu_study import PROMPTS, TINY_PROMPTS
+from lab.study import Arm, Results, Row, bootstrap, line, markdown
 from memory import run_macs
 from pictures import psnr
-from sampler import SAMPLERS, plan
 from stable_diffusion import StableDiffusion
 from unet import UNet
 
@@ -76,204 +64,166 @@ class Watching:
         return self.watch
 
 
-def curves(sd: StableDiffusion, prompts: list[str], settings: dict[str, Any], seed: int, out: Path) -> dict[str, Any]:
-    """Draws how each level's output changes from the step before, relative to its norm; numbers, with intervals."""
+def curves(sd: StableDiffusion, prompts: list[str], settings: Row, seed: int, out: Path) -> Row:
+    """Draws how each level's output changes from the step before, relative to its norm; returns the numbers."""
     watching = Watching(len(prompts))
     sd.sample(prompts, seed=seed, cache=watching, **settings)
     n, per, steps = watching.watch.up_units, sd.config.unet.layers + 1, settings["steps"]
     levels = n // per
     encoder = {f"level {k}": per * k + per - 1 for k in range(levels)} | {"mid": n}            # before downsampling
-    decoder = {f"level {levels - 1 - k}": n + per * (k + 1) for k in range(levels)}            # behind upsampling
-    colors = dict(zip([f"level {k}" for k in range(levels)] + ["mid"], pyplot().get_cmap("tab10").colors))
-    figure, axes = pyplot().subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row", layout="constrained")
-    numbers: dict[str, Any] = {"images": len(prompts)}
-    for column, (half, units) in enumerate((("encoder", encoder), ("decoder", decoder))):
-        moved = {name: torch.stack([watching.watch.moved[i, unit] for i in range(1, steps)])       # (steps - 1, images)
-                 for name, unit in units.items()}
-        for name, of in moved.items():
-            size = torch.stack([watching.watch.size[i, units[name]] for i in range(steps)]).mean(dim=1)
-            axes[0, column].plot(range(1, steps), of.mean(dim=1), color=colors[name], label=name)
-            axes[1, column].plot(range(steps), size, color=colors[name], label=name)
-            numbers[f"{half}, {name}"] = {"moved": of.mean(dim=1).tolist(), "size": size.tolist()}
-        each = torch.stack(list(moved.values())).mean(dim=(0, 1)).numpy()                           # of every image
-        numbers[f"{half}, mean over levels and steps"] = [float(each.mean()), *interval(each)]
-        axes[0, column].set(title=half, yscale="log")
-        axes[0, column].legend(fontsize=7)
-        axes[1, column].set(xlabel="step", yscale="log")
-    axes[0, 0].set_ylabel("change from the step before, relative")
-    axes[1, 0].set_ylabel("root mean square")
-    save(figure, f"Outputs of the U-Net's levels over {steps} steps, mean of {len(prompts)} images", out / "curves.png")
+    decoder = {f"level {levels - 1 - k}": n + per * (k + 1) for k in range(levels)}            # after upsampling
+    colors = {f"level {k}": f"C{k}" for k in range(levels)} | {"mid": f"C{levels}"}
+    numbers, moves, sizes = {"images": len(prompts)}, [], []
+    for half, units in (("encoder", encoder), ("decoder", decoder)):
+        lines, size_lines, each = [], [], []
+        for name, unit in units.items():
+            moved = torch.stack([watching.watch.moved[i, unit] for i in range(1, steps)])       # (steps - 1, images)
+            size = torch.stack([watching.watch.size[i, unit] for i in range(steps)]).mean(dim=1)
+            lines.append(line(range(1, steps), moved.mean(dim=1), name, color=colors[name]))
+            size_lines.append(line(range(steps), size, name, color=colors[name]))
+            numbers[f"{half}, {name}"] = {"moved": moved.mean(dim=1).tolist(), "size": size.tolist()}
+            each.append(moved.mean(dim=0))
+        numbers[f"{half}, mean over levels and steps"] = bootstrap(torch.stack(each).mean(dim=0))["overall"]
+        moves.append((dict(title=half, yscale="log", ylabel="change from the step before, relative"), lines))
+        sizes.append((dict(xlabel="step", yscale="log", ylabel="root mean square"), size_lines))
+    study.plot([moves, sizes], f"Outputs of the U-Net's levels over {steps} steps, mean of {len(prompts)} images",
+               out / "curves.png", size=4.8, share=True)
     return numbers
 
 
 # ------------------------------------------------------------------------------------------------ quality against speed
 
-class Arm(NamedTuple):
-    """One way to sample: a group (a line in the figure), the arguments of `sd.sample`, and what it is compared with."""
-    group: str
-    settings: dict[str, Any]
-    base: str = "base"
-
-
 def arms(steps: int) -> dict[str, Arm]:
     """What is compared, by name. "fewer steps" is the plain model at a cache's price."""
-    gate, center = max(2 * steps // 5, 1), 3 * steps // 10
-    freeu = FreeU(*PRESETS[2]["tiny"])
-    table = {"base": Arm("base", {})}
-    table |= {f"{steps // k} steps": Arm("fewer steps", {"steps": steps // k}) for k in (2, 3, 5)}
-    table |= {f"DeepCache b{b} N{k}": Arm(f"DeepCache b{b}", {"cache": DeepCache(k, b)})
-              for b in (0, 1, 3) for k in (2, 3, 5, 10)}
-    table |= {f"DeepCache b1 N5 {rule}": Arm(f"DeepCache b1, {rule} keys",
-                                             {"cache": DeepCache(5, 1, center, schedule=rule)})
-              for rule in ("released", "paper")}
-    table |= {f"Faster {keys}{', noise' if alpha else ''}": Arm(f"Faster Diffusion{', noise' if alpha else ''}",
-                                                                {"cache": FasterDiffusion(keys, alpha=alpha)})
-              for alpha in (0.0, 0.003) for keys in ("paper", "rescaled", 2, 5, 10)}
-    table |= {"Faster paper, parallel": Arm("Faster Diffusion, parallel",
-                                            {"cache": FasterDiffusion("paper", parallel=True)})}
-    table |= {"inherit d4-u7 N3": Arm("inherit", {"cache": Inherit("d4-u7", 3)})}
-    table |= {f"T-GATE {gate}{name}": Arm("T-GATE", {"tgate": TGate(gate, **choice)}) for name, choice in (
-        ("", {}), (", guidance kept", {"guidance": "keep"}), (", text computed", {"text": "compute"}))}
-    table |= {"FreeU": Arm("FreeU", {"freeu": freeu})}
-    table |= {f"FreeU + {name}": Arm("FreeU + cache", {"freeu": freeu, "cache": cache}, "FreeU") for name, cache in (
-        ("DeepCache b1 N3", DeepCache(3, 1)), ("Faster paper", FasterDiffusion("paper")))}
-    return table
+    gate, center, freeu = max(2 * steps // 5, 1), 3 * steps // 10, FreeU(*PRESETS[2]["tiny"])
+    table = [Arm("base", "the plain model", {}), Arm("FreeU", "FreeU version 2, SD 1.4's factors", {"freeu": freeu})]
+    table += [Arm(f"{steps // k} steps", f"the plain model with {steps // k} steps", {"steps": steps // k},
+                  group="fewer steps") for k in (2, 3, 5)]
+    table += [Arm(f"DeepCache b{b} N{k}", f"DeepCache, branch {b}, a key step every {k}", {"cache": DeepCache(k, b)},
+                  group=f"DeepCache b{b}") for b in (0, 1, 3) for k in (2, 3, 5, 10)]
+    table += [Arm(f"DeepCache b1 N5 {rule}", f"DeepCache, branch 1, the {rule} formula's key steps around {center}",
+                  {"cache": DeepCache(5, 1, center, schedule=rule)}, group=f"DeepCache b1, {rule} keys")
+              for rule in ("released", "paper")]
+    table += [Arm(f"Faster {keys}{', noise' if alpha else ''}", f"Faster Diffusion, key steps: {keys}; alpha {alpha}",
+                  {"cache": FasterDiffusion(keys, alpha=alpha)},
+                  group=f"Faster Diffusion{', noise' if alpha else ''}")
+              for alpha in (0.0, 0.003) for keys in ("paper", "rescaled", 2, 5, 10)]
+    table += [Arm("Faster paper, parallel", "Faster Diffusion, the paper's key steps, decoded in batches",
+                  {"cache": FasterDiffusion("paper", parallel=True)}, group="Faster Diffusion, parallel"),
+              Arm("inherit d4-u7 N3", "units d4 to u7 reuse their outputs, a key step every 3",
+                  {"cache": Inherit("d4-u7", 3)}, group="inherit")]
+    table += [Arm(f"T-GATE {gate}{name}", f"T-GATE from step {gate} on{name}", {"tgate": TGate(gate, **choice)},
+                  group="T-GATE") for name, choice in (
+        ("", {}), (", guidance kept", {"guidance": "keep"}), (", text computed", {"text": "compute"}))]
+    table += [Arm(f"FreeU + {name}", f"FreeU with {name}", {"freeu": freeu, "cache": cache}, "FreeU", "FreeU + cache")
+              for name, cache in (("DeepCache b1 N3", DeepCache(3, 1)), ("Faster paper", FasterDiffusion("paper")))]
+    return {arm.name: arm for arm in table}
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """95 % bootstrap interval of a mean."""
-    return paired_interval(values, np.zeros(len(values)))
-
-
-def measure(sd: StableDiffusion, table: dict[str, Arm], settings: dict[str, Any], made_with: dict[str, Any], n: int,
-            seed: int, out: Path) -> None:
+def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Results, n: int, seed: int) -> None:
     """Every arm draws the same n prompts from the same noise: score, lead over its base, likeness, arithmetic."""
-    path, prompts, verdicts = out / "cache.json", mixed_prompts(n, seed=50_000 + seed), {}
+    prompts, drawn = mixed_prompts(n, seed=50_000 + seed), {arm.base: {} for arm in table}
     side, tokens = sd.config.size // sd.config.vae.factor, sd.config.text_encoder.length
-    full = run_macs(sd.unet, side, side, settings["steps"], tokens=tokens)
-    print(f"{'arm':28s} arithmetic  score (95 % interval)   over its base (paired)     PSNR   n = {n}")
-    for name, arm in table.items():
-        made = {**made_with, "what": repr(arm), "n": n, "seed": seed}
-        numbers, plain = read_json(path, "measure").get(name, {}), out / f"{arm.base}.npy"
-        if numbers.get("made with") != made or name == arm.base and not plain.exists():
-            seen, pictures = evaluate(sd, prompts, 50, seed, **{**settings, **arm.settings})
-            if name in ("base", "FreeU"):
-                np.save(out / f"{name}.npy", np.stack(pictures))
-            reference = np.load(plain)
-            likeness = [psnr(torch.from_numpy(a).float() / 255, torch.from_numpy(b).float() / 255)
-                        for a, b in zip(pictures, reference, strict=True)]
-            numbers = {"made with": made, "verdicts": "".join(str(int(v.ok)) for v in seen),
-                       "PSNR": float(np.median(likeness)),
-                       "PSNR, 5 % and 95 %": np.percentile(likeness, (5, 95)).tolist()}
-        verdicts[name] = right = np.array(list(numbers["verdicts"])) == "1"
-        steps, techniques = arm.settings.get("steps", settings["steps"]), {
-            key: value for key, value in arm.settings.items() if key in ("cache", "tgate")}
-        numbers |= {"group": arm.group, "score": float(right.mean()), "interval": interval(right),
-                    "base": arm.base, "over base": float(right.mean() - verdicts[arm.base].mean()),
-                    "over base, interval": paired_interval(right, verdicts[arm.base]),
-                    "arithmetic": full / run_macs(sd.unet, side, side, steps, **techniques, tokens=tokens)}
-        write_json(path, "measure", name, numbers)
-        (low, high), (least, most) = numbers["interval"], numbers["over base, interval"]
-        print(f"{name:28s} {numbers['arithmetic']:7.2f} x   {numbers['score']:.3f} ({low:.3f} to {high:.3f})  "
-              f"{numbers['over base']:+.3f} ({least:+.3f} to {most:+.3f})  {numbers['PSNR']:6.1f}", flush=True)
+    macs = partial(run_macs, sd.unet, side, side, tokens=tokens)
+    bases = {arm.name: arm for arm in table if arm.name in drawn}
+
+    def likeness(arm: Arm, batch: list[int], _: Tensor, pictures: list[np.ndarray]) -> list[Row]:
+        if arm.name in drawn:
+            drawn[arm.name] |= zip(batch, pictures)
+        plain = drawn[arm.base]
+        if absent := [k for k in batch if k not in plain]:             # the base was measured by an earlier run
+            plain |= zip(absent, to_bytes(sample(sd, [prompts[k] for k in absent], [seed + k for k in absent],
+                                                 bases[arm.base].over(settings))))
+        return [{"PSNR": psnr(*(torch.from_numpy(of).float() / 255 for of in (picture, plain[k])))}
+                for k, picture in zip(batch, pictures)]
+
+    def summary(rows: list[Row]) -> Row:
+        of = [row["PSNR"] for row in rows]
+        return {"PSNR": float(np.median(of)), "PSNR, 5 % and 95 %": np.percentile(of, (5, 95)).tolist()}
+    for arm in tqdm(table, desc="arms", unit="arm"):
+        measure_arm(sd, results, arm, prompts, seed, 50, settings, partial(likeness, arm), summary)
+    found = compare_arms(results, arms(settings["steps"]).values(), prompts, "base")
+    rows = [["arm", "times less arithmetic", "score", "base", *study.LEAD, "PSNR, dB"]]
+    for arm in table:
+        techniques = {name: of for name, of in arm.settings.items() if name in ("cache", "tgate")}
+        less = macs(settings["steps"]) / macs(arm.settings.get("steps", settings["steps"]), **techniques)
+        x = found[arm.name] | {"group": arm.group, "arithmetic": less}
+        results.write("measure", arm.name, x)
+        rows.append([arm.name, f"{less:.2f}", f"{x['score']:.3f}", arm.base, *study.lead_cells(x), f"{x['PSNR']:.1f}"])
+    print(f"n = {n}; intervals are 95 %\n\n{markdown(rows)}", flush=True)
 
 
-def clock(sd: StableDiffusion, table: dict[str, Arm], settings: dict[str, Any], n: int, rounds: int, out: Path) -> None:
+def clock(sd: StableDiffusion, table: list[Arm], settings: Row, n: int, rounds: int, results: Results) -> None:
     """Adds the measured speed-up of every arm: sampling n pictures at a time, all arms in turn, medians."""
-    prompts = mixed_prompts(n, seed=60_000)
-    calls = {name: lambda arm=arm: sd.sample(prompts, **{**settings, **arm.settings}) for name, arm in table.items()}
-    measured = read_json(out / "cache.json", "measure")
+    prompts, measured = mixed_prompts(n, seed=60_000), results.read("measure")
+    calls = {arm.name: lambda arm=arm: sd.sample(prompts, **arm.over(settings)) for arm in table}
     for row in against_first(alternate(calls, rounds, sd.device.type),
-                             {name: measured[name]["arithmetic"] for name in table}):
-        write_json(out / "cache.json", "measure", row["what"], measured[row["what"]] | {
+                             {arm.name: measured[arm.name]["arithmetic"] for arm in table}):
+        results.write("measure", row["what"], measured[row["what"]] | {
             f"speed-up, {n} at a time": [row["speed-up"], row["least"], row["greatest"]]})
 
 
-def draw(path: Path, names: list[str], n: int) -> None:
-    """The trade: lead over the base and likeness against arithmetic saved, a line for every group."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for name, numbers in read_json(path, "measure").items():
-        if name in names and numbers["base"] == "base" and name not in ("base", "FreeU"):
-            groups.setdefault(numbers["group"], []).append(numbers)
-    figure, axes = pyplot().subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    for k, (group, of) in enumerate(groups.items()):
-        of = sorted(of, key=lambda numbers: numbers["arithmetic"])
-        x, gain = [numbers["arithmetic"] for numbers in of], np.array([numbers["over base"] for numbers in of])
-        error = np.abs(np.array([numbers["over base, interval"] for numbers in of]).T - gain)
-        style = {"color": f"C{k % 10}", "label": group, "marker": "os^"[k % 3], "linestyle": ("-", "--")[k >= 10]}
-        axes[0].errorbar(x, gain, error, capsize=2, linewidth=1, **style)
-        axes[1].plot(x, [numbers["PSNR"] for numbers in of], linewidth=1, **style)
-    axes[0].axhline(0, color="gray", linewidth=0.8)
-    axes[0].set(ylabel="score over the full model's, 95 % paired interval")
-    axes[1].set(ylabel="PSNR to the full model's picture, dB (median)")
-    for axis in axes:
-        axis.set(xlabel="times less arithmetic", xscale="log")
-    axes[0].legend(fontsize=7)
-    save(figure, f"Quality against speed, {n} pictures an arm", path.parent / "quality.png")
+def draw(results: Results, table: list[Arm], n: int, path: Path) -> None:
+    """The trade: lead over the base and likeness against arithmetic saved, one line per group."""
+    measured, leads, likeness = results.read("measure"), [], []
+    groups = dict.fromkeys(arm.group for arm in table if arm.base == "base" and arm.group)
+    for k, group in enumerate(groups):
+        of = sorted((measured[arm.name] for arm in table if arm.group == group), key=lambda row: row["arithmetic"])
+        x, lead = [row["arithmetic"] for row in of], [row["over base"] for row in of]
+        style = dict(label=group, fmt="os^"[k % 3] + ("-", "--")[k >= 10], color=f"C{k % 10}")
+        error = [[row["mean"] - row["low"] for row in lead], [row["high"] - row["mean"] for row in lead]]
+        leads.append(line(x, [row["mean"] for row in lead], **style, error=error))
+        likeness.append(line(x, [row["PSNR"] for row in of], **{**style, "label": None}))
+    leads.append(line([1, max(row["x"].max() for row in leads)] if leads else [1, 1], [0, 0], None, ":", "gray"))
+    axes = dict(xlabel="times less arithmetic", xscale="log")
+    study.plot([[(axes | dict(ylabel="score over the full model's, 95 % paired interval"), leads),
+                 (axes | dict(ylabel="PSNR to the full model's picture, dB (median)"), likeness)]],
+               f"Quality against speed, {n} pictures per arm", path, size=6.2)
 
 
-def pictures(sd: StableDiffusion, table: dict[str, Arm], settings: dict[str, Any], seed: int, out: Path) -> None:
-    """The same prompts and noise with every arm of a few."""
-    shown = [name for name in table if name in (
+def pictures(sd: StableDiffusion, table: list[Arm], settings: Row, seed: int, path: Path) -> None:
+    """The same prompts and noise with some of the arms."""
+    shown = [arm for arm in table if arm.name.startswith("T-GATE") or arm.name in (
         "base", "DeepCache b0 N3", "DeepCache b1 N3", "DeepCache b1 N10", "Faster paper", "Faster paper, noise",
-        "Faster 10") or name.startswith("T-GATE") or name in ("FreeU", "FreeU + DeepCache b1 N3")]
+        "Faster 10", "FreeU", "FreeU + DeepCache b1 N3")]
     prompts = list(TINY_PROMPTS[:6])
-    images = {name: sd.decode(sd.sample(prompts, seed=seed, **{**settings, **table[name].settings})).cpu()
-              for name in shown}
-    sheet({fill(prompt, 18): [images[name][k] for name in shown] for k, prompt in enumerate(prompts)},
-          [fill(name, 13) for name in shown], f"{settings['steps']} steps", out / "pictures.png")
+    images = [sample(sd, prompts, seed, arm.over(settings)) for arm in shown]
+    study.sheet([(prompt, [of[k] for of in images]) for k, prompt in enumerate(prompts)], path,
+                [arm.name for arm in shown], f"{settings['steps']} steps")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Features over the steps; quality against speed of the caches.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="model folder")
-    parser.add_argument("--out", type=Path, default=Path("out/cache"), help="folder for the PNGs and cache.json")
+    parser = study.flags("Features over the steps; quality against speed of the caches.",
+                         "model out n seed steps sampler cfg_scale device", out=Path("out/cache"), steps=50)
     parser.add_argument("--curves", action="store_true", help="features over the steps")
     parser.add_argument("--measure", action="store_true", help="score, likeness and speed of every arm, tiny model")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="arms whose names contain one of these")
-    parser.add_argument("--images", type=int, default=16, help="behind each curve")
-    parser.add_argument("--n", type=int, default=500, help="pictures an arm")
+    parser.add_argument("--images", type=int, default=16, help="pictures per curve")
     parser.add_argument("--rounds", type=int, default=5, help="of the clock")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--sampler", default="ddim", help=", ".join(SAMPLERS))
-    parser.add_argument("--cfg-scale", type=float, default=4.0, help="guidance")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
-        plan(args.sampler, args.steps)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if min(args.images, args.n, args.rounds) < 1 or args.steps < 20:
-        raise InputError("--images, --n and --rounds must be 1 or more, and --steps 20 or more, so that all keys fit")
-    tiny = read_config(args.model).family == "tiny"
-    if args.measure and not tiny:
-        raise InputError(f"--measure needs a judge, and only the drawn world's model has one, not {args.model}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    sd = StableDiffusion.load(args.model, args.device, torch.float32 if args.device == "cpu" else torch.float16)
-    settings = {"steps": args.steps, "sampler": args.sampler, "cfg_scale": args.cfg_scale}
-    weights = hashlib.sha256((args.model / "unet.safetensors").read_bytes()).hexdigest()[:16]
-    made_with, path = {"U-Net": weights, **settings}, args.out / "cache.json"
+    if args.steps < 20:
+        raise InputError("--steps must be 20 or more, so that all key steps fit")
+    family = study.check(args, "--measure" if args.measure else "", (args.steps,), images=1, n=1, rounds=1, seed=0)
+    sd, made_with = study.load(args)
+    settings, results = dict(steps=args.steps, sampler=args.sampler, cfg_scale=args.cfg_scale), Results(
+        args.out / "cache.json", made_with)
     if args.curves:
-        prompts = TINY_PROMPTS if tiny else PROMPTS
+        prompts = TINY_PROMPTS if family == "tiny" else PROMPTS
         prompts = [prompts[k % len(prompts)] for k in range(args.images)]
-        made = {**made_with, "prompts": prompts, "seed": args.seed}
-        if read_json(path, "figures").get("curves", {}).get("made with") != made:
-            numbers = curves(sd, prompts, settings, args.seed, args.out)
-            write_json(path, "figures", "curves", {"made with": made, **numbers})
+        found = results.entry("figures", "curves", lambda: curves(sd, prompts, settings, args.seed, args.out),
+                              prompts=prompts, seed=args.seed, **settings)
         for half in ("encoder", "decoder"):
-            mean, low, high = read_json(path, "figures")["curves"][f"{half}, mean over levels and steps"]
-            print(f"{half}: change from one step to the next {mean:.3f} ({low:.3f} to {high:.3f}) of its norm")
+            x = study.Estimate(**found[f"{half}, mean over levels and steps"])
+            print(f"{half}: change from one step to the next {x:.3f} of its norm")
     if args.measure:
-        table = {name: arm for name, arm in arms(args.steps).items()
-                 if args.only is None or name in ("base", "FreeU") or any(part in name for part in args.only)}
-        measure(sd, table, settings, made_with, args.n, args.seed, args.out)
-        clock(sd, table, settings, min(args.n, 16), args.rounds, args.out)
-        draw(path, list(table), args.n)
-        pictures(sd, table, settings, args.seed, args.out)
+        table = [arm for arm in arms(args.steps).values()
+                 if args.only is None or arm.name in ("base", "FreeU") or any(part in arm.name for part in args.only)]
+        measure(sd, table, settings, results, args.n, args.seed)
+        clock(sd, table, settings, min(args.n, 16), args.rounds, results)
+        draw(results, table, args.n, args.out / "quality.png")
+        pictures(sd, table, settings, args.seed, args.out / "pictures.png")
 
 
 if __name__ == "__main__":

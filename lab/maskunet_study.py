@@ -1,16 +1,15 @@
-"""MaskUNet's tables in miniature: what learned masks do to the tiny model, beside other things that could be learned.
+"""MaskUNet's tables in miniature: what learned masks do to the tiny model, compared with other ways to train it.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lab.maskunet_study     # everything; the processes share the work
     python -m lab.maskunet_study --arms "base,working,masks 15" --seeds 1   # some of it, into the same folder
 
 Start at `RECIPES`, what is trained, and `ARMS`, what is judged. All trainings see the same latents, captions, times
-and noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json,
-training.png shows how score and density move. The training-free arms (`FREE`) climb the model's CLIP and are judged by
-the exact scorer as well. Weights and verdicts are kept in OUT/work under names made of the model and all settings
-(not of the code), so that nothing is done twice and a stopped run goes on.
+and noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json;
+training.png shows score and density over the training. The training-free arms (`FREE`) maximise the reward of the
+model's CLIP, and the exact scorer judges them too. Weights and verdicts are kept in OUT/work under names made of the
+model and all settings, so that nothing is done twice and a stopped run goes on.
 Sources: MaskUNet, arXiv 2505.03097; LoRA, arXiv 2106.09685; noise optimisation, ReNO, arXiv 2406.04312.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -31,10 +30,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from command import InputError, replacing, run_command
-from folder import TINY, read_config
 from lab import shapes
-from lab.evaluate import BENCH, drawn_features, evaluate, fingerprint, frechet_distance, read_rows, to_bytes
-from lab.freeu_study import pyplot, save
+from lab import study as lab_study
+from lab.evaluate import BENCH, drawn_features, evaluate, frechet_distance, judged, read_rows, to_bytes
+from lab.study import Arm, Estimate, Row, bootstrap, line, markdown
 from lab.train_tiny import world_latents
 from maskunet import (
     DynamicMasks,
@@ -50,9 +49,9 @@ from maskunet import (
 )
 from memory import Meter
 from reward import ClipReward, load_reward
-from sampler import SAMPLERS, draw_noise, generate, plan
-from stable_diffusion import StableDiffusion
+from sampler import draw_noise, generate
 from train import BUCKETS, Training, noised, train_denoiser
+from stable_diffusion import StableDiffusion
 from unet import UNet
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -62,9 +61,11 @@ class Tuned(nn.Module):
 
     A is random and B is 0 at first; the factor 2 is that of MaskUNet's LoRA baseline (rank 256, alpha 512).
     """
+    gumbel = None                                                      # `Training` notes it and the settings
+
     def __init__(self, unet: UNet, rank: int | None = None, seed: int = 0):
         super().__init__()
-        self.rank = rank
+        self.settings, self.rank = dict(rank=rank), rank
         if rank is None:
             values = {key(name): p.detach().clone() for name, p in unet.named_parameters()}
         else:
@@ -83,7 +84,7 @@ class Tuned(nn.Module):
 
 
 class TunedUNet(nn.Module):
-    """What `train_denoiser` trains in a `MaskedUNet`'s place; nothing is masked, so the density is 1."""
+    """What `train_masks.train` trains in a `MaskedUNet`'s place; nothing is masked, so the density is 1."""
 
     def __init__(self, unet: UNet, tuned: Tuned):
         super().__init__()
@@ -104,9 +105,10 @@ def matched_rank(unet: UNet) -> int:
 
 
 class Recipe(NamedTuple):
-    """make(unet, seed): a module to train. lr: constant, the one of three with the lowest loss by `--sweep`."""
+    """make(unet, seed): a module to train. lr: constant, the best of three by `--sweep`. text: what it is."""
     make: Callable[[UNet, int], nn.Module]
     lr: float
+    text: str
 
 
 def dynamic(unet: UNet, seed: int, **settings) -> DynamicMasks:
@@ -114,19 +116,20 @@ def dynamic(unet: UNet, seed: int, **settings) -> DynamicMasks:
 
 
 RECIPES = {
-    "full fine-tuning": Recipe(lambda unet, seed: Tuned(unet), 1e-5),
-    "LoRA": Recipe(lambda unet, seed: Tuned(unet, matched_rank(unet), seed), 3e-4),
-    "working": Recipe(dynamic, 3e-4),
-    "without time": Recipe(partial(dynamic, time=False), 3e-4),
-    "without sample": Recipe(partial(dynamic, sample=False), 3e-4),
-    "official": Recipe(partial(dynamic, init="official"), 3e-4),
-    "static": Recipe(lambda unet, seed: StaticMasks(unet, initial=5.0), 9e-2),     # at lower rates all masks stay 1
+    "full fine-tuning": Recipe(lambda unet, seed: Tuned(unet), 1e-5, "all weights of the U-Net"),
+    "LoRA": Recipe(lambda unet, seed: Tuned(unet, matched_rank(unet), seed), 3e-4, "LoRA of as many weights as masks"),
+    "working": Recipe(dynamic, 3e-4, "masks, with an init that lets gradients through"),
+    "without time": Recipe(partial(dynamic, time=False), 3e-4, "the same without the time"),
+    "without sample": Recipe(partial(dynamic, sample=False), 3e-4, "the same without the picture"),
+    "official": Recipe(partial(dynamic, init="official"), 3e-4, "masks, with the released code's init"),
+    "static": Recipe(lambda unet, seed: StaticMasks(unet, initial=5.0), 9e-2,      # at lower rates all masks stay 1
+                     "logits alone, the same masks for all inputs"),
 }
 PARTS = (0.125, 0.25, 0.5)                         # of the steps, after which the working arm is judged as well
 
 
-class Arm(NamedTuple):
-    """What is judged: a recipe's weights after a part of its steps, or random masks, or (neither) the plain model."""
+class Use(NamedTuple):
+    """What an arm uses: a recipe's weights after a part of its steps, or random masks, or (neither) the plain model."""
     recipe: str | None = None
     mode: str = "sample"
     part: float = 1.0
@@ -134,15 +137,15 @@ class Arm(NamedTuple):
     fresh: bool = True
 
 
-ARMS = {
-    "base": Arm(),
-    **{name: Arm(name) for name in RECIPES},
-    "working threshold": Arm("working", "threshold"),                 # noise-free
-    "working expected": Arm("working", "expected"),
-    "random fresh": Arm("working", random=True),
-    "random fixed": Arm("working", random=True, fresh=False),
-    **{f"working at {part:.3g}": Arm("working", part=part) for part in PARTS},
-}
+ARMS = {arm.name: arm for arm in (
+    Arm("base", "the plain model", Use()),
+    *(Arm(name, recipe.text, Use(name)) for name, recipe in RECIPES.items()),
+    Arm("working threshold", "working masks, noise-free", Use("working", "threshold")),
+    Arm("working expected", "the expectation of working masks", Use("working", "expected")),
+    Arm("random fresh", "random masks, new at every step", Use("working", random=True)),
+    Arm("random fixed", "random masks, the same at all steps", Use("working", random=True, fresh=False)),
+    *(Arm(f"working at {part:.3g}", f"working masks after {part:.3g} of the training", Use("working", part=part))
+      for part in PARTS))}
 
 
 # ------------------------------------------------------------------------------------------------ training and judging
@@ -174,15 +177,15 @@ class Study:
     sd: StableDiffusion
     reward: ClipReward
     work: Path
-    model: str                                     # a name for its weights
+    model: str                                     # what makes results its own: weights, versions
     steps: int = 300                               # of every training
     batch: int = 32
     scenes: int = 4000
-    validation: int = 512                          # pictures behind a loss
-    n: int = 90                                    # pictures an arm and seed, the six kinds alike
-    free_n: int = 24                               # likewise, an arm of the training-free ones
+    validation: int = 512                          # pictures per loss
+    n: int = 90                                    # pictures per arm and seed, the six kinds alike
+    free_n: int = 24                               # likewise, per training-free arm
     free_steps: int = 15
-    settings: dict[str, Any] = field(default_factory=dict)             # of `sd.sample`
+    settings: Row = field(default_factory=dict)             # of `sd.sample`
 
     def __post_init__(self) -> None:
         self.train_world = cache(lambda: World.make(self.sd, self.scenes, 0, self.work / "train.safetensors"))
@@ -200,17 +203,15 @@ class Study:
     def result_path(self, method: str, name: str, k: int) -> Path:
         if method == "search":
             return self.path(f"search {name} {k}", "json", self.free_n, self.free_steps, self.settings)
-        arm = ARMS[name]
-        depends = () if arm.recipe is None else self.training(arm.recipe)
-        return self.path(f"{name} {k}", "json", arm, depends, self.validation, self.n, self.settings)
+        use = ARMS[name].settings
+        depends = () if use.recipe is None else self.training(use.recipe)
+        return self.path(f"{name} {k}", "json", use, depends, self.validation, self.n, self.settings)
 
-    def result(self, method: str, name: str, k: int) -> dict[str, Any]:
+    def result(self, method: str, name: str, k: int) -> Row:
         """What `judge` or `search` gives for an arm, made if it isn't there."""
         path = self.result_path(method, name, k)
         if not path.exists():
-            found = json.dumps(getattr(self, method)(name, k))
-            with replacing(path) as part:
-                part.write_text(found + "\n", encoding="utf-8")
+            lab_study.write_text(path, json.dumps(getattr(self, method)(name, k)) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def trained(self, name: str, seed: int, part: float = 1.0, factor: float = 1.0) -> nn.Module:
@@ -224,25 +225,24 @@ class Study:
             model = TunedUNet(self.sd.unet, module) if isinstance(module, Tuned) else None
             for goal in goals.values():
                 if not path(goal, "safetensors").exists():
-                    batches = self.train_world().batches(self.batch, seed, run.step)
-                    train_denoiser(self.sd, run, batches, goal, 50, model=model)
+                    train(self.sd, run, self.train_world().batches(self.batch, seed, run.step), goal, 50, model=model)
                     with replacing(path(goal, "safetensors")) as file:
                         save_file({key: p.detach().cpu() for key, p in module.state_dict().items()}, file)
             path("checkpoint", "pt").unlink()
         module.load_state_dict(load_file(wanted))
         return module.requires_grad_(False)
 
-    def apply(self, arm: Arm, seed: int, factor: float = 1.0) -> tuple[StableDiffusion, Masks | None, int]:
+    def apply(self, use: Use, seed: int, factor: float = 1.0) -> tuple[StableDiffusion, Masks | None, int]:
         """The model and the masks of an arm, and how many weights were trained."""
-        if arm.random:
+        if use.random:
             ratio = 1 - self.result("judge", "working", seed)["density"]
-            return self.sd, Masks(RandomMasks(ratio), fresh=arm.fresh), 0
-        sd, module = self.sd, None if arm.recipe is None else self.trained(arm.recipe, seed, arm.part, factor)
+            return self.sd, Masks(RandomMasks(ratio), fresh=use.fresh), 0
+        sd, module = self.sd, None if use.recipe is None else self.trained(use.recipe, seed, use.part, factor)
         if isinstance(module, Tuned):
             unet = UNet(sd.config.unet).to(sd.device).requires_grad_(False)
             unet.load_state_dict({**sd.unet.state_dict(), **module.weights(sd.unet)})
             return StableDiffusion(sd.config, sd.tokenizer, sd.text_encoders, unet, sd.vae), None, size(module)
-        return (sd, None, 0) if module is None else (sd, Masks(module, arm.mode), size(module))
+        return (sd, None, 0) if module is None else (sd, Masks(module, use.mode), size(module))
 
     def prompts(self, n: int) -> list[str]:
         """n of the benchmark's, n / 6 of each kind in turn, half of them of what training never showed."""
@@ -253,9 +253,9 @@ class Study:
             out += [prompt for pair in zip(*halves) for prompt in pair][:n // len(shapes.KINDS)]
         return out
 
-    def judge(self, name: str, seed: int) -> dict[str, Any]:
+    def judge(self, name: str, seed: int) -> Row:
         """All that is measured of an arm and training seed."""
-        sd, masks, trained = self.apply(ARMS[name], seed)
+        sd, masks, trained = self.apply(ARMS[name].settings, seed)
         times, losses, density = self.losses(sd, masks, seed)
         verdicts, pictures = evaluate(sd, self.prompts(self.n), 30, 10_000 * (1 + seed), masks=masks, **self.settings)
         return {"trained": trained, "density": density, "times": times, "losses": losses,
@@ -310,7 +310,7 @@ class Study:
             out[f"{which}, draws"] = np.mean([apart(of, [t] * n, same, each) for t in times[::2]])
         return {name: float(value) for name, value in out.items()}
 
-    def search(self, name: str, part: int) -> dict[str, Any]:
+    def search(self, name: str, part: int) -> Row:
         """Verdicts, rewards and seconds of a training-free arm, of the part-th eight pictures."""
         prompts = self.prompts(self.free_n)[8 * part:8 * (part + 1)]
         settings, iterations = {**self.settings, "steps": self.free_steps}, iterations_of(name)
@@ -324,7 +324,7 @@ class Study:
             draw(prompts[:1], [0], min(iterations, 1))
         with torch.no_grad():
             rewards = self.reward(images, prompts).tolist()
-        right = [bool(shapes.judge(picture, prompt)) for picture, prompt in zip(to_bytes(images), prompts)]
+        right = [judged(picture, prompt)["loose"] for picture, prompt in zip(to_bytes(images), prompts)]
         return {"right": "".join(str(int(ok)) for ok in right), "reward": rewards, "seconds": seconds,
                 "GB": meter.peak / 1e9}
 
@@ -347,17 +347,17 @@ def iterations_of(name: str) -> int:
     return int(name.split()[1]) if " " in name else 0
 
 
-def plain(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: dict[str, Any]) -> Tensor:
+def plain(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: Row) -> Tensor:
     return study.sd.sample(prompts, seed=seeds, **settings)
 
 
 def search_masks(study: Study, prompts: list[str], seeds: list[int], iterations: int,
-                 settings: dict[str, Any]) -> Tensor:
+                 settings: Row) -> Tensor:
     score = score_latents(study.sd.vae, study.reward, prompts)
     return study.sd.sample(prompts, seed=seeds, masks=MaskSearch(score, iterations), **settings)
 
 
-def search_noise(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: dict[str, Any],
+def search_noise(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: Row,
                  lr: float = 5.0, clip: float = 0.1, weight: float = 0.01) -> Tensor:
     """ReNO: gradient ascent of the reward by the initial noise, through all steps of the sampler; the best is kept.
 
@@ -396,103 +396,98 @@ FREE = {"base": plain, "masks": search_masks, "noise": search_noise}   # "masks 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
 
-def interval(values: np.ndarray, draws: int = 2000) -> list[float]:
-    """Mean and 95 % interval of numbers (seeds, kinds, prompts), by the bootstrap over seeds, and prompts of a kind."""
-    rng, (s, k, p) = np.random.default_rng(0), values.shape
-    rows, columns = rng.integers(s, size=(draws, s, 1, 1)), rng.integers(p, size=(draws, 1, k, p))
-    means = values[rows, np.arange(k)[:, None], columns].mean(axis=(1, 2, 3))
-    return [float(values.mean()), *np.percentile(means, (2.5, 97.5)).tolist()]
+def verdicts(results: list[Row]) -> np.ndarray:
+    """(trainings, pictures)"""
+    return np.array([list(result["right"]) for result in results], float)
 
 
-def verdicts(results: list[dict[str, Any]]) -> np.ndarray:
-    """(seeds, kinds, prompts)"""
-    return np.array([[int(c) for c in result["right"]] for result in results], float).reshape(
-        len(results), len(shapes.KINDS), -1)
+def mean(values: Any) -> Estimate:
+    return bootstrap(values)["overall"]
 
 
-def summarize(found: dict[str, list[dict[str, Any]]], real: np.ndarray | None) -> dict[str, Any]:
-    """An arm's numbers; those over base are paired: the same prompts and noises, the same pictures and times."""
-    table, base = {}, found["base"]
+def kinds_of(n: int) -> list[str]:
+    return [kind for kind in shapes.KINDS for _ in range(n // len(shapes.KINDS))]
+
+
+def summarize(found: dict[str, list[Row]], prompts: list[str], real: np.ndarray | None) -> dict[str, Row]:
+    """Each arm's numbers; those over base are paired: the same prompts and noises, the same pictures and times."""
+    right, kinds = {name: verdicts(results) for name, results in found.items()}, kinds_of(len(prompts))
+    table = lab_study.compare([ARMS[name] for name in found], right, prompts, kinds)
+    bucket = np.array(found["base"][0]["times"]) * BUCKETS // 1000
+    plain = np.array([result["losses"] for result in found["base"]])
     for name, results in found.items():
-        right, plain = verdicts(results), verdicts(base)
-        loss, plain_loss = (np.array([r["losses"] for r in of])[:, None] for of in (results, base))
-        bucket = np.array(base[0]["times"]) * BUCKETS // 1000
-        own = np.concatenate([r["features"] for r in results])
-        table[name] = {
-            "trained": results[0]["trained"], "density": [r["density"] for r in results], "n": right.size,
-            "score": interval(right), "over base": interval(right - plain),
-            "kinds": {kind: interval(right[:, k:k + 1]) for k, kind in enumerate(shapes.KINDS)},
-            "loss": interval(loss), "loss over base": interval(loss - plain_loss),
-            "loss by time": [None if not (bucket == b).any() else
-                             float(plain_loss[..., bucket == b].mean()) if name == "base" else
-                             interval((loss - plain_loss)[..., bucket == b]) for b in range(BUCKETS)],
-            "differ": None if results[0]["differ"] is None else {
-                what: float(np.mean([r["differ"][what] for r in results])) for what in results[0]["differ"]},
+        lead = np.array([result["losses"] for result in results]) - plain
+        own, differ = np.concatenate([result["features"] for result in results]), results[0]["differ"]
+        by_time = [plain[:, bucket == b].mean() if name == "base" else mean(lead[:, bucket == b])
+                   for b in range(BUCKETS) if (bucket == b).any()]
+        times = iter(by_time)
+        table[name] |= {
+            "trained": results[0]["trained"], "density": [result["density"] for result in results],
+            "kinds": {kind: x for kind, x in bootstrap(right[name], prompts, kinds).items() if kind != "overall"},
+            "loss": mean(lead + plain), "loss over base": mean(lead),
+            "loss by time": [next(times) if (bucket == b).any() else None for b in range(BUCKETS)],
+            "differ": differ and {what: float(np.mean([result["differ"][what] for result in results]))
+                                  for what in differ},
             "Frechet": None if real is None or len(own) <= own.shape[1] else frechet_distance(own, real)}
     return table
 
 
-def summarize_free(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    joined = {name: {"right": "".join(part["right"] for part in parts)} for name, parts in found.items()}
-    rewards = {name: np.concatenate([part["reward"] for part in parts])[None, None] for name, parts in found.items()}
-    return {name: {"score": interval(verdicts([joined[name]])), "n": len(joined[name]["right"]),
-                   "over base": interval(verdicts([joined[name]]) - verdicts([joined["base"]])),
-                   "reward": interval(rewards[name]), "reward over base": interval(rewards[name] - rewards["base"]),
-                   "seconds": float(np.mean([part["seconds"] for part in parts])), "GB": parts[0]["GB"]}
-            for name, parts in found.items()}
+def summarize_free(found: dict[str, list[Row]], prompts: list[str]) -> dict[str, Row]:
+    """Likewise, of the arms without training."""
+    joined = {name: verdicts([{"right": "".join(part["right"] for part in parts)}])[0] for name, parts in found.items()}
+    rewards = {name: np.concatenate([part["reward"] for part in parts]) for name, parts in found.items()}
+    table = lab_study.compare([Arm(name, name, None) for name in found], joined, prompts, kinds_of(len(prompts)))
+    for name, parts in found.items():
+        table[name] |= {"reward": mean(rewards[name]), "reward over base": mean(rewards[name] - rewards["base"]),
+                        "seconds": float(np.mean([part["seconds"] for part in parts])), "GB": parts[0]["GB"]}
+    return table
 
 
-def show(x: list[float], digits: int = 3, sign: str = "") -> str:
-    return f"{x[0]:{sign}.{digits}f} ({x[1]:{sign}.{digits}f} to {x[2]:{sign}.{digits}f})"
+def thousandths(x: Estimate) -> str:
+    return f"{replace(x, mean=1000 * x.mean, low=1000 * x.low, high=1000 * x.high):+.3f}"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n"
-
-
-def tables(trained: dict[str, Any], free: dict[str, Any]) -> str:
+def tables(trained: dict[str, Row], free: dict[str, Row]) -> str:
     """Everything in Markdown."""
-    scores = [["arm", "trained", "density", "score", "over base", *shapes.KINDS, "Frechet", "loss", "over base, 1e-3"]]
+    scores = [["arm", "trained", "density", "score", *lab_study.LEAD, *shapes.KINDS, "Frechet", "loss",
+               "loss over base, 1e-3"]]
     times = [["arm", *(f"t < {1000 * (b + 1) // BUCKETS}" for b in range(BUCKETS))]]
     differ = []
     for name, x in trained.items():
-        scores.append([name, str(x["trained"]), f"{np.mean(x['density']):.4f}", show(x["score"]),
-                       show(x["over base"], sign="+"), *(f"{kind[0]:.2f}" for kind in x["kinds"].values()),
-                       "" if x["Frechet"] is None else f"{x['Frechet']:.2f}", f"{x['loss'][0]:.5f}",
-                       show([1000 * y for y in x["loss over base"]], sign="+")])
-        times.append([name, *("" if y is None else f"{y:.5f}" if name == "base" else
-                              show([1000 * z for z in y], sign="+")
+        scores.append([name, str(x["trained"]), f"{np.mean(x['density']):.4f}", f"{x['score']:.3f}",
+                       *lab_study.lead_cells(x), *(f"{kind.mean:.2f}" for kind in x["kinds"].values()),
+                       "" if x["Frechet"] is None else f"{x['Frechet']:.2f}", f"{x['loss'].mean:.5f}",
+                       thousandths(x["loss over base"])])
+        times.append([name, *("" if y is None else thousandths(y) if isinstance(y, Estimate) else f"{y:.5f}"
                               for y in x["loss by time"])])
         if x["differ"] is not None:
             differ = differ or [["arm", *x["differ"]]]
             differ.append([name, *(f"{y:.5f}" for y in x["differ"].values())])
-    searches = [["arm", "score", "over base", "reward", "over base", "s a picture", "GB, one picture", "n"]]
-    searches += [[name, show(x["score"]), show(x["over base"], sign="+"), show(x["reward"]),
-                  show(x["reward over base"], sign="+"), f"{x['seconds']:.1f}", f"{x['GB']:.3f}", str(x["n"])]
+    searches = [["arm", "score", *lab_study.LEAD, "reward", "over base", "seconds per picture", "GB, one picture", "n"]]
+    searches += [[name, f"{x['score']:.3f}", *lab_study.lead_cells(x), f"{x['reward']:.3f}",
+                  f"{x['reward over base']:+.3f}", f"{x['seconds']:.1f}", f"{x['GB']:.3f}", str(x["score"].n)]
                  for name, x in free.items()]
-    n = next((x["n"] for x in trained.values()), 0)
-    parts = [(f"Score, n = {n} pictures an arm, over all seeds", scores),
+    n = next((x["score"].n for x in trained.values()), 0)
+    parts = [(f"Score, n = {n} pictures per arm, over all seeds", scores),
              ("Loss by time: base, and differences from it in thousandths", times),
              ("How much masks differ, mean |m - m'|", differ), ("Without training", searches)]
     return "\n".join(f"## {title}\n\n{markdown(rows)}" for title, rows in parts if len(rows) > 1)
 
 
-def draw_curve(table: dict[str, Any], steps: int, path: Path) -> None:
+def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
     """The paper's figure 9b: score, loss and density of the working arm over its training."""
     points = [(0.0, "base"), *((part, f"working at {part:.3g}") for part in PARTS), (1.0, "working")]
     points = [(part * steps, table[name]) for part, name in points if name in table]
-    figure, axes = pyplot().subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    for axis, what, label in ((axes[0], "over base", "score over base"), (axes[1], "loss over base", "loss over base")):
-        values = np.array([x[what] for _, x in points])
-        axis.errorbar([step for step, _ in points], values[:, 0], np.abs(values[:, 1:] - values[:, :1]).T, marker="o",
-                      capsize=3)
-        axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set_ylabel(f"{label}, 95 % paired interval")
-    axes[2].plot([step for step, _ in points], [np.mean(x["density"]) for _, x in points], "o-", color="C1")
-    axes[2].set_ylabel("part of the masked weights that is kept")
-    for axis in axes:
-        axis.set_xlabel("training steps")
-    save(figure, "Learned masks over their training", path)
+    x, panels = [step for step, _ in points], []
+    for what in ("over base", "loss over base"):
+        values = [row.get(what, Estimate(0.0, 0.0, 0.0, 0)) for _, row in points]
+        error = [[value.mean - value.low for value in values], [value.high - value.mean for value in values]]
+        panels.append((dict(xlabel="training steps", ylabel=f"{'score ' * (what == 'over base')}{what}, 95 % paired"),
+                       [line(x, [value.mean for value in values], fmt="o-", error=error),
+                        line(x, [0 * step for step in x], fmt=":", color="gray")]))
+    panels.append((dict(xlabel="training steps", ylabel="part of the masked weights that is kept"),
+                   [line(x, [np.mean(row["density"]) for _, row in points], fmt="o-", color="C1")]))
+    lab_study.plot([panels], "Learned masks over their training", path)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -511,8 +506,8 @@ def plan_jobs(study: Study, arms: list[str], free: list[str], seeds: int) -> lis
     """Results to make, those of one training together, and what they cost, in about one row through the U-Net."""
     jobs: dict[Any, list[tuple]] = {}
     for seed in range(seeds):
-        for name in sorted(arms, key=lambda name: ARMS[name].random):  # random ones after what sets their density
-            jobs.setdefault((ARMS[name].recipe, seed), []).append(("judge", name, seed))
+        for name in sorted(arms, key=lambda name: ARMS[name].settings.random):     # after what sets their density
+            jobs.setdefault((ARMS[name].settings.recipe, seed), []).append(("judge", name, seed))
     costs = [(3 * study.steps * study.batch + 4 * study.n * study.settings["steps"] * len(of), of)
              for of in jobs.values()]
     return costs + [(8 * study.free_steps * (2 + 8 * iterations_of(name)), [("search", name, part)])
@@ -524,40 +519,30 @@ def sweep(study: Study) -> None:
     base = np.array(study.losses(study.sd, None, 0)[1])
     for name, recipe in RECIPES.items():
         for factor in (1 / 3, 1.0, 3.0):
-            sd, masks, _ = study.apply(Arm(name), 1000, factor)        # a seed that no arm is judged with
+            sd, masks, _ = study.apply(Use(name), 1000, factor)        # a seed that no arm is judged with
             _, losses, density = study.losses(sd, masks, 1000)
-            difference = interval(1000 * (np.array(losses) - base)[None, None])
-            print(f"{name:18s} lr {recipe.lr * factor:.1e}  loss over base, 1e-3: {show(difference, sign='+')}  "
-                  f"density {density:.4f}", flush=True)
+            print(f"{name:18s} lr {recipe.lr * factor:.1e}  loss over base, 1e-3: "
+                  f"{thousandths(mean(np.array(losses) - base))}  density {density:.4f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Learned masks, what else could be learned, and searches, on the tiny "
-                                     "model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="model folder of the drawn world")
-    parser.add_argument("--out", type=Path, default=Path("out/maskunet"), help="folder for tables, figures and work")
-    parser.add_argument("--arms", help="some of them, separated by commas (default: all)")
+    parser = lab_study.flags("Learned masks, other ways to train, and searches, on the tiny model.",
+                             "model out arms steps sampler cfg_scale device", out=Path("out/maskunet"), steps=300,
+                             cfg_scale=5.0)
+    for flag, default, text in (
+            ("--seeds", 3, "trainings per recipe, of --steps each"), ("--batch", 32, "pictures per training step"),
+            ("--scenes", 4000, "to train on"), ("--validation", 512, "pictures per loss"),
+            ("--pictures", 90, "pictures per arm and seed, a multiple of 6"),
+            ("--free-pictures", 24, "likewise, per training-free arm; 0: none"),
+            ("--free-steps", 15, "denoising steps of a training-free picture, as in the paper"),
+            ("--sample-steps", 20, "denoising steps of the other pictures"),
+            ("--drawn", 2000, "ground truths for the Frechet distance; 0: none")):
+        parser.add_argument(flag, type=int, default=default, help=text)
     parser.add_argument("--iterations", type=int, nargs="+", default=[5, 15, 30], help="of the searches for masks")
     parser.add_argument("--noise-iterations", type=int, nargs="+", default=[15], help="of the search for noise")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of every recipe")
-    parser.add_argument("--steps", type=int, default=300, help="of every training")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a training step")
-    parser.add_argument("--scenes", type=int, default=4000, help="to train on")
-    parser.add_argument("--validation", type=int, default=512, help="pictures behind a loss")
-    parser.add_argument("--pictures", type=int, default=90, help="pictures an arm and seed, a multiple of 6")
-    parser.add_argument("--free-pictures", type=int, default=24, help="likewise, a training-free arm; 0: none")
-    parser.add_argument("--free-steps", type=int, default=15, help="of a training-free picture, as in the paper")
-    parser.add_argument("--sample-steps", type=int, default=20, help="of the other pictures")
-    parser.add_argument("--sampler", default="ddim", help=", ".join(SAMPLERS))
-    parser.add_argument("--cfg-scale", type=float, default=5.0, help="guidance")
-    parser.add_argument("--drawn", type=int, default=2000, help="ground truths for the Frechet distance; 0: none")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", action="store_true", help="instead: each recipe's loss at three rates")
     args = parser.parse_args()
     for flag, ok, legal in (
-            ("--seeds, --steps, --batch and --scenes", min(args.seeds, args.steps, args.batch, args.scenes) >= 1,
-             "1 or more"),
-            ("--validation", args.validation >= 5, "5 or more"),
             ("--pictures", 6 <= args.pictures <= 480 and args.pictures % 6 == 0, "6, 12, ... up to 480"),
             ("--free-pictures", 0 <= args.free_pictures <= 480 and args.free_pictures % 6 == 0,
              "0, 6, 12, ... up to 480"),
@@ -566,26 +551,16 @@ def main() -> None:
             ("--drawn", args.drawn == 0 or args.drawn >= 100, "0, or 100 or more")):
         if not ok:
             raise InputError(f"{flag} must be {legal}")
-    try:
-        for steps in (args.sample_steps, args.free_steps):
-            plan(args.sampler, steps)
-    except ValueError as error:
-        raise InputError(str(error)) from None
     free = ["base", "masks 0", *(f"masks {k}" for k in args.iterations), *(f"noise {k}" for k in args.noise_iterations)]
-    known = [*ARMS, *free]
-    wanted = known if args.arms is None else [name.strip() for name in args.arms.split(",")]
-    if unknown := [name for name in wanted if name not in known]:
-        raise InputError(f"there is no arm {unknown[0]!r}; there are {', '.join(known)}")
-    if read_config(args.model).family != "tiny":
-        raise InputError(f"{args.model} wasn't trained on the drawn world, so its pictures can't be judged")
-    try:
-        (args.out / "work").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"can't write to {args.out} ({error.strerror}); choose another --out") from None
+    wanted = lab_study.choose(dict.fromkeys([*ARMS, *free]), args.arms)
+    lab_study.check(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), seeds=1, steps=1, batch=1,
+                    scenes=1, validation=5)
+    sd, made_with = lab_study.load(args, torch.float32)
+    work = args.out / "work"
+    work.mkdir(exist_ok=True)
     torch.set_flush_denormal(True)
-    study = Study(StableDiffusion.load(args.model, args.device), load_reward(args.model / "clip", args.device),
-                  args.out / "work", fingerprint(args.model), args.steps, args.batch, args.scenes, args.validation,
-                  args.pictures, args.free_pictures, args.free_steps,
+    study = Study(sd, ClipReward.load(args.model / "clip", args.device), work, repr(made_with), args.steps, args.batch,
+                  args.scenes, args.validation, args.pictures, args.free_pictures, args.free_steps,
                   dict(steps=args.sample_steps, sampler=args.sampler, cfg_scale=args.cfg_scale))
     if args.sweep:
         return sweep(study)
@@ -600,23 +575,23 @@ def main() -> None:
             study.result(*call)
     if missing := [call for _, calls in jobs for call in calls if not study.result_path(*call).exists()]:
         return print(f"{len(missing)} results are still to come from other processes; the last one writes the tables")
-    write(study, arms, free, args.seeds, args.drawn, args.out)
+    write(study, arms, free, args.seeds, args.drawn, args.out, made_with)
 
 
-def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int, out: Path) -> None:
-    """maskunet.json, maskunet.md and the figures, from results that are all there."""
+def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int, out: Path, made_with: Row) -> None:
+    """maskunet.json, maskunet.md and the figure, from results that are all there."""
     real = drawn_features(study.reward.image, drawn, study.sd.config.size, study.sd.config.size, 1) if drawn else None
-    trained = summarize({name: [study.result("judge", name, seed) for seed in range(seeds)] for name in arms}, real)
+    trained = summarize({name: [study.result("judge", name, seed) for seed in range(seeds)] for name in arms},
+                        study.prompts(study.n), real)
     parts = range(math.ceil(study.free_n / 8))
-    searched = summarize_free({name: [study.result("search", name, part) for part in parts] for name in free})
-    made_with = {name: getattr(study, name) for name in ("model", "steps", "batch", "scenes", "validation", "n",
-                                                         "free_n", "free_steps", "settings")}
+    searched = summarize_free({name: [study.result("search", name, part) for part in parts] for name in free},
+                              study.prompts(study.free_n))
+    made_with = made_with | {"seeds": seeds, "drawn": drawn} | {name: getattr(study, name) for name in (
+        "steps", "batch", "scenes", "validation", "n", "free_n", "free_steps", "settings")}
     text = tables(trained, searched)
-    for name, content in (("maskunet.json", json.dumps({"made with": {**made_with, "seeds": seeds, "drawn": drawn},
-                                                        "trained": trained, "searched": searched}, indent=1) + "\n"),
-                          ("maskunet.md", text)):
-        with replacing(out / name) as part:
-            part.write_text(content, encoding="utf-8")
+    lab_study.write_text(out / "maskunet.json", json.dumps(lab_study.to_json(
+        {"made with": made_with, "trained": trained, "searched": searched}), indent=1) + "\n")
+    lab_study.write_text(out / "maskunet.md", text)
     draw_curve(trained, study.steps, out / "training.png")
     print(text)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from folder import TINY
 from lab import shapes
-from lab.evaluate import bootstrap, by_kind, frechet_distance, make_prompts, read_rows, wilson
+from lab.evaluate import frechet_distance, make_scenes, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--steps", "2", "--drawn", "0")
@@ -42,34 +42,6 @@ def result(bench) -> Path:
 
 # Numbers
 
-def test_the_confidence_interval_covers_its_share():
-    low, high = wilson(0.7, 200)
-    assert 0.63 < low < 0.7 < high < 0.76 and wilson(1.0, 50)[1] == 1.0
-
-
-def test_the_bootstrap_covers_the_truth_and_overall_is_the_unweighted_mean():
-    rng, covered = np.random.default_rng(0), []
-    for _ in range(60):
-        values = {kind: {str(p): [float(rng.random() < share)] for p in range(n)}
-                  for kind, share, n in (("a", 0.8, 100), ("b", 0.4, 200))}
-        table = bootstrap(values, draws=300)
-        covered.append(table["overall"]["low"] <= 0.6 <= table["overall"]["high"])
-        assert table["overall"]["mean"] == pytest.approx((table["a"]["mean"] + table["b"]["mean"]) / 2, abs=1e-3)
-        assert table["overall"]["n"] == 300
-    assert np.mean(covered) > 0.85
-
-
-def test_pictures_of_one_prompt_are_not_counted_as_independent():
-    alone = {"a": {str(i): [float(i % 2)] for i in range(40)}}
-    fourfold = {"a": {str(i): [float(i % 2)] * 4 for i in range(40)}}
-    assert bootstrap(fourfold)["a"]["low"] == bootstrap(alone)["a"]["low"]
-
-
-def test_rows_are_gathered_by_kind_and_prompt():
-    rows = [{"kind": "a", "prompt": "x"}, {"kind": "b", "prompt": "y"}, {"kind": "a", "prompt": "x"}]
-    assert by_kind(rows, [1, 2, 3]) == {"a": {"x": [1, 3]}, "b": {"y": [2]}}
-
-
 def test_the_frechet_distance_is_that_of_known_normal_distributions():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, (200_000, 3)), rng.normal(2, 3, (200_000, 3))
@@ -83,10 +55,10 @@ def test_a_result_has_every_number_and_row(result):
     data = json.loads(result.read_text())
     assert set(data["all"]) == {*shapes.KINDS, "overall"} and len(data["rows"]) == 120
     assert [row["seed"] for row in data["rows"]] == list(range(120))
-    assert set(data["all"]["single"]) == {"mean", "low", "high", "n"} and data["frechet"]["drawn"] == 100
+    assert set(data["all"]["single"]) >= {"mean", "low", "high", "n"} and data["frechet"]["drawn"] == 100
     assert data["frechet"]["distance"] > data["frechet"]["floor"] > 0
     assert -1 <= data["clip_score"]["mean"] <= 1 and data["seconds_per_image"] > 0 and data["peak_memory_gb"] > 0
-    assert not list(result.parent.glob(".one.json*"))                  # the notes are gone
+    assert not list(result.parent.glob(".one.json*"))                  # the parts are gone
     with Image.open(result.with_name("sheet.png")) as sheet:
         assert sheet.width == 8 * 136
 
@@ -94,11 +66,11 @@ def test_a_result_has_every_number_and_row(result):
 def test_a_stopped_run_goes_on_where_it_was(bench, result):
     first = [*QUICK, "--bench", bench, "--out", bench.with_name("again.json")]
     assert run(*first).returncode == 0
-    notes, made = bench.with_name(".again.json.0-of-1.jsonl"), json.loads(bench.with_name("again.json").read_text())
-    header = {name: made[name] for name in ("model", "dtype", "bench", "seed", "settings")}
-    kept = [{"k": k, "seed": k, "seconds": 1.0, "ok": True, "strict": True, "clip": 0.5, "features": []}
+    part, made = bench.with_name(".again.json part 0 of 1.json"), json.loads(bench.with_name("again.json").read_text())
+    made_with = {name: made[name] for name in ("model", "dtype", "PyTorch", "lab", "bench", "seed", "settings")}
+    kept = [{"k": k, "seed": k, "seconds": 1.0, "loose": True, "strict": True, "clip": 0.5, "features": []}
             for k in range(4)]
-    notes.write_text("\n".join(map(json.dumps, [header, *kept])) + "\n" + '{"k": 4, "see')
+    part.write_text(json.dumps({"made with": made_with, "rows": kept}))
     assert run(*first).returncode == 0
     rows = json.loads(bench.with_name("again.json").read_text())["rows"]
     assert [row["clip"] == 0.5 for row in rows] == [True] * 4 + [False] * 2
@@ -116,7 +88,7 @@ def test_two_processes_share_the_work_and_find_the_same(bench, result):
 def test_compare_gives_paired_differences(result):
     other = json.loads(result.read_text())
     for row in other["rows"]:
-        row["ok"] = row["kind"] == "colors"
+        row["loose"] = row["kind"] == "colors"
     result.with_name("other.json").write_text(json.dumps(other))
     done = run("--compare", result, result.with_name("other.json"))
     assert done.returncode == 0 and "overall" in done.stdout and "clip score" in done.stdout
@@ -188,5 +160,6 @@ def test_a_model_of_another_world_is_timed_only_and_says_so(tmp_path, bench):
 
 
 def test_prompts_of_a_kind_are_reproducible_sentences_of_the_grammar():
-    assert make_prompts("position", 5) == make_prompts("position", 5)
-    assert all(shapes.parse(prompt).relation for prompt in make_prompts("position", 5))
+    prompts, scenes = make_scenes("position", 5)
+    assert (prompts, scenes) == make_scenes("position", 5)
+    assert all(shapes.parse(prompt).relation for prompt in prompts)

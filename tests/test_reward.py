@@ -137,8 +137,8 @@ def test_the_tiny_clip_names_shape_and_color_of_one_object():
 
 def test_retrieval_counts_how_often_the_true_caption_comes_first():
     table = retrieval(load_reward(TINY / "clip"), 3, "train", candidates=8)
-    assert set(table) == {*shapes.KINDS, "overall"} and table["overall"]["n"] == 18
-    assert 0.7 < table["overall"]["mean"] <= 1                         # by chance 0.125
+    assert set(table) == {*shapes.KINDS, "overall"} and table["overall"].n == 18
+    assert 0.7 < table["overall"].mean <= 1                         # by chance 0.125
 
 
 # ---- ImageReward ----
