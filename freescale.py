@@ -288,30 +288,31 @@ def fuse(attention: Attention, x: Tensor, grid: tuple[int, int], window: tuple[i
         return linear(attention.to_out[0], h.flatten(1, 2), on).unflatten(1, grid)
 
     if kind == "global":
-        return out(attend_parts(attention, q, k, v, parts)).flatten(1, 2)
-    local = attend_windows(attention, q, k, v, window, starts)         # (B, H, W, C), float32
+        return out(attend_parts(attention, q, k, v, parts, on)).flatten(1, 2)
+    local = attend_windows(attention, q, k, v, window, starts, on)     # (B, H, W, C), float32
     if kind == "local":
         return out(local.to(x.dtype)).flatten(1, 2)
-    whole = attend_parts(attention, q, k, v, parts)
+    whole = attend_parts(attention, q, k, v, parts, on)
     if blur == "spatial":
         return out((whole + smooth(local - whole, taps, dims=(1, 2))).to(x.dtype)).flatten(1, 2)
     local, whole = out(local.to(x.dtype)), out(whole)
     return (whole + smooth(upcast(local) - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
 
 
-def attend_parts(attention: Attention, q: Tensor, k: Tensor, v: Tensor, parts: tuple[int, int]) -> Tensor:
+def attend_parts(attention: Attention, q: Tensor, k: Tensor, v: Tensor, parts: tuple[int, int],
+                 on: Techniques = OFF) -> Tensor:
     """Attention over the whole map, or over each of parts[0] * parts[1] interleaved sub-grids. (B, H, W, C) each"""
     out = torch.empty_like(q)
     for top in range(parts[0]):
         for left in range(parts[1]):
             each = (slice(None), slice(top, None, parts[0]), slice(left, None, parts[1]))
             heads = [attention.split(m[each].flatten(1, 2)) for m in (q, k, v)]
-            out[each] = attention.attend(*heads).unflatten(1, out[each].shape[1:3])
+            out[each] = attention.attend(*heads, on).unflatten(1, out[each].shape[1:3])
     return out
 
 
 def attend_windows(attention: Attention, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int],
-                   starts: Tensor) -> Tensor:
+                   starts: Tensor, on: Techniques = OFF) -> Tensor:
     """Attention within each window, averaged where windows overlap. (B, H, W, C) each -> (B, H, W, C), float32
 
     Around the map lie as many zeros as windows can stray (an eighth of one), and they are keys like any other. The
@@ -332,7 +333,7 @@ def attend_windows(attention: Attention, q: Tensor, k: Tensor, v: Tensor, window
     for some in first.split(max(WINDOW_TOKENS // len(others), 1)):
         tokens = (some[:, None] + others).flatten()
         heads = [attention.split(m.index_select(0, tokens).unflatten(0, (len(some), -1))) for m in (q, k, v)]
-        out = attention.attend(*heads).flatten(0, 1).to(total.dtype)
+        out = attention.attend(*heads, on).flatten(0, 1).to(total.dtype)
         if total.is_cuda:                                              # index_add_ would add in no fixed order
             total.index_put_((tokens,), out, accumulate=True)
         else:
