@@ -321,7 +321,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
             if masks is not None:                                      # training-free masks, found on this step's x0
                 masks.search(i, x, clean)
         out = predict(x, i)
-        if cache is not None:                                          # the same injection, in the released order
+        if cache is not None and plan.begins[i]:                       # the same injection, in the released order
             x = cache.inject(i, x, predicted=True)
         x = step(i, x, *x0_and_eps(x, out, plan.now[i], plan.prediction))
         yield i, x
