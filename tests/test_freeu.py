@@ -2,32 +2,31 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import DATA, make, randn
 from safetensors import safe_open
+from torch import Tensor
 
-import freeu
-from freeu import FreeU, damp_low_frequencies, damp_mean, scale_long, skip_tuning, structure_gain
-from sampler import generate
-from unet import CONFIGS, UNet, UNetConfig
+from freeu import PRESETS, FreeU, ScaleLong, SkipTuning, damp_low_frequencies, damp_mean, structure_gain
+from sampler import Condition, generate, plan
+from unet import CONFIGS, Techniques, UNet, UNetConfig
 
-NARROW = UNetConfig(channels=(32, 64, 128, 128), depth=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_dim=16, groups=8)
-GOLDEN = safe_open(Path(__file__).parent / "data/freeu.safetensors", framework="pt")
+# wider than the others', so that levels differ in their channels: the rule "channels" goes by them
+WIDE = UNetConfig(channels=(32, 64, 128, 128), depth=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_dim=16, groups=8)
+NEUTRAL = FreeU(1, 1, 1, 1)
+GOLDEN = safe_open(DATA / "freeu.safetensors", framework="pt")
 CASES = {name: case for name, case in json.loads(GOLDEN.metadata()["manifest"]).items()
          if any(key.startswith(name + ".") for key in GOLDEN.keys())}
 
 
-def golden(case: str, *names: str) -> list[torch.Tensor]:
+def golden(case: str, *names: str) -> list[Tensor]:
     return [GOLDEN.get_tensor(f"{case}.{name}") for name in names]
 
 
-def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def fourier_form(x: torch.Tensor, s: float, t: int) -> torch.Tensor:
+def fourier_form(x: Tensor, s: float, t: int) -> Tensor:
     """What the authors wrote: scale the middle of the shifted spectrum, keep the real part."""
     spectrum = torch.fft.fftshift(torch.fft.fft2(x.double()), dim=(-2, -1))
     h, w = x.shape[-2] // 2, x.shape[-1] // 2
@@ -43,7 +42,7 @@ def test_version_1_equals_diffusers(case):
     facts = CASES[case]
     h, skip, h_out, skip_out = golden(case, "h", "skip", "h_out", "skip_out")
     f = FreeU(*(facts[k] for k in ("b1", "b2", "s1", "s2")), version=1, rule="level")
-    got_h, got_skip = f(h, skip, layer=3 * facts["stage"], config=NARROW)
+    got_h, got_skip = f(h, skip, layer=3 * facts["stage"], config=WIDE)
     tolerance = {"float32": 2e-6, "float16": 3e-3, "bfloat16": 2e-2}[facts["dtype"]]
     assert got_h.dtype == h.dtype and got_skip.dtype == skip.dtype
     assert torch.equal(got_h, h_out) and (got_skip.float() - skip_out.float()).abs().max() <= tolerance
@@ -59,7 +58,7 @@ def test_the_filter_equals_the_official_one(case):
 def test_version_2_equals_the_papers_formula(case):
     h, skip, alpha, h_out, skip_out = golden(case, "h", "skip", "alpha", "h_out", "skip_out")
     b, s = CASES[case]["b"], CASES[case]["s"]
-    got_h, got_skip = FreeU(b1=b, s1=s, rule="level")(h, skip, layer=0, config=NARROW)
+    got_h, got_skip = FreeU(b1=b, s1=s, rule="level")(h, skip, layer=0, config=WIDE)
     for got, want in ((structure_gain(h, b), alpha), (got_h, h_out), (got_skip, skip_out)):
         assert (got - want).abs().max() <= 2e-6
 
@@ -120,7 +119,7 @@ def test_the_filter_is_linear_self_adjoint_and_differentiable():
     x = a.clone().requires_grad_()
     (b * f(x)).sum().backward()
     assert (x.grad - f(b)).abs().max() < 1e-12
-    assert torch.autograd.gradcheck(lambda x, k: FreeU(1.3, 1.4, 0.9, 0.2, rule="level")(x, k, 0, NARROW),
+    assert torch.autograd.gradcheck(lambda x, k: FreeU(1.3, 1.4, 0.9, 0.2, rule="level")(x, k, 0, WIDE),
                                     (randn(2, 4, 3, 4, dtype=torch.float64).requires_grad_(), b.requires_grad_()))
 
 
@@ -146,7 +145,7 @@ def test_only_the_first_half_of_the_channels_changes_and_inputs_are_left_alone(v
     h, skip = randn(2, 5, 8, 8), randn(2, 3, 8, 8, seed=1)
     before = h.clone(), skip.clone()
     f = FreeU(1.5, 1.6, 0.9, 0.2, version=version, rule="level")
-    once, twice = f(h, skip, 0, NARROW), f(h, skip, 0, NARROW)
+    once, twice = f(h, skip, 0, WIDE), f(h, skip, 0, WIDE)
     assert torch.equal(h, before[0]) and torch.equal(skip, before[1])
     assert all(torch.equal(a, b) for a, b in zip(once, twice))
     assert torch.equal(once[0][:, 2:], h[:, 2:]) and not torch.equal(once[0][:, :2], h[:, :2])
@@ -156,7 +155,7 @@ def test_batch_mates_do_not_influence_each_other():
     h, skip = randn(3, 8, 8, 8), randn(3, 4, 8, 8, seed=1)
     f = FreeU(1.5, 1.6, 0.9, 0.2, rule="level")
     loud = [torch.cat([100 * x[:1], x[1:]]) for x in (h, skip)]
-    for a, b in zip(f(h, skip, 0, NARROW), f(*loud, 0, NARROW)):
+    for a, b in zip(f(h, skip, 0, WIDE), f(*loud, 0, WIDE)):
         assert torch.equal(a[1:], b[1:])
 
 
@@ -164,7 +163,7 @@ def test_batch_mates_do_not_influence_each_other():
 def test_half_precision_is_close_and_keeps_its_dtype(dtype, tolerance):
     h, skip = randn(2, 8, 12, 8).to(dtype), randn(2, 8, 12, 8, seed=1).to(dtype)
     f = FreeU(1.5, 1.6, 0.9, 0.2, rule="level")
-    for half, full in zip(f(h, skip, 0, NARROW), f(h.double(), skip.double(), 0, NARROW)):
+    for half, full in zip(f(h, skip, 0, WIDE), f(h.double(), skip.double(), 0, WIDE)):
         assert half.dtype == dtype and (half.double() - full).abs().max() < tolerance
 
 
@@ -180,7 +179,7 @@ def test_both_rules_act_on_the_layers_that_the_released_codes_act_on(family):
     config = CONFIGS[family]
     with torch.device("meta"):
         unet = UNet(config)
-    widths = [unit.resnet.norm1.num_channels for unit in unet.up_units()]
+    widths = [unit.resnets[0].norm1.num_channels for unit in unet.units()[unet.middle + 1:]]
     skips = [config.channels[0]]                                     # as UNet.__init__ counts them
     for i, c in enumerate(config.channels):
         skips += [c] * (config.layers + (i + 1 < len(config.channels)))
@@ -192,49 +191,45 @@ def test_both_rules_act_on_the_layers_that_the_released_codes_act_on(family):
 
 @pytest.fixture(scope="module")
 def unet() -> UNet:
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        return UNet(NARROW).requires_grad_(False)
+    return make(UNet, WIDE)
 
 
-def inputs(height: int = 8, width: int = 8, batch: int = 2):
+def inputs(height: int = 8, width: int = 8, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return randn(batch, 4, height, width), torch.full((batch,), 500), randn(batch, 5, 16, seed=1)
 
 
 def test_neutral_factors_change_nothing_and_off_is_bit_equal(unet):
-    x, t, context = inputs()
-    plain = unet(x, t, context)
-    assert torch.equal(unet(x, t, context, freeu=None), plain)
-    assert torch.equal(unet(x, t, context, freeu=FreeU()), plain)
-    assert FreeU().at(0.5) is None
+    plain = unet(*inputs())
+    assert torch.equal(unet(*inputs(), on=Techniques()), plain)
+    assert torch.equal(unet(*inputs(), on=Techniques(freeu=NEUTRAL)), plain)
+    assert NEUTRAL.at(0.5) is None
 
 
 @pytest.mark.parametrize("factors", [dict(b1=0.0), dict(s2=0.0), dict(b2=1.2), dict(s1=0.5)])
 def test_every_factor_acts_and_zero_is_a_factor(unet, factors):
-    x, t, context = inputs()
-    assert not torch.allclose(unet(x, t, context, freeu=FreeU(**factors)), unet(x, t, context), atol=1e-4)
+    on = Techniques(freeu=replace(NEUTRAL, **factors))
+    assert not torch.allclose(unet(*inputs(), on=on), unet(*inputs()), atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (96, 64)])
 def test_a_batch_with_guidance_equals_two_passes_at_any_size(unet, size):
     x, t, context = inputs(*size)
-    f = FreeU(1.5, 1.6, 0.9, 0.2)
-    together = unet(x, t, context, freeu=f)
-    apart = torch.cat([unet(x[k:k + 1], t[:1], context[k:k + 1], freeu=f) for k in range(2)])
+    on = Techniques(freeu=FreeU(1.5, 1.6, 0.9, 0.2))
+    together = unet(x, t, context, on=on)
+    apart = torch.cat([unet(x[k:k + 1], t[:1], context[k:k + 1], on=on) for k in range(2)])
     assert (together - apart).abs().max() <= 1e-5 * apart.abs().max()
 
 
 def test_the_whole_unet_equals_diffusers_with_its_own_rule(unet):
     diffusers = pytest.importorskip("diffusers", reason="parity with diffusers needs requirements-dev.txt")
-    c = NARROW
+    c = WIDE
     theirs = diffusers.UNet2DConditionModel(block_out_channels=c.channels, norm_num_groups=c.groups,
                                             cross_attention_dim=c.context_dim, attention_head_dim=2)
     theirs.load_state_dict(unet.state_dict())
     theirs.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    on = Techniques(freeu=FreeU(1.2, 1.4, 0.9, 0.2, version=1, rule="level"))
     for size in ((8, 8), (12, 16)):
-        x, t, context = inputs(*size)
-        want = theirs(x, t, context).sample.detach()
-        got = unet(x, t, context, freeu=FreeU(1.2, 1.4, 0.9, 0.2, version=1, rule="level"))
+        want, got = theirs(*inputs(*size)).sample.detach(), unet(*inputs(*size), on=on)
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
@@ -243,42 +238,60 @@ def test_the_whole_unet_equals_diffusers_with_its_own_rule(unet):
 def test_the_two_gates_open_and_close_by_the_fraction_of_the_steps():
     f = FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0, 0.6), skip=(0.4, 1))
     assert f.at(0.0) == replace(f, s1=1.0, s2=1.0) and f.at(0.5) == f and f.at(0.6) == replace(f, b1=1.0, b2=1.0)
-    assert FreeU(1.5, backbone=(0.5, 1)).at(0.2) is None
+    assert FreeU(1.5, 1.6, 1, 1, backbone=(0.5, 1)).at(0.2) is None
 
 
-def test_steps_outside_the_gates_are_bit_equal_to_the_plain_loop(unet):
-    def run(f):
-        return [x for _, x in generate(unet, randn(1, 4, 8, 8), randn(1, 5, 16), steps=4, freeu=f)]
-    plain, late = run(None), run(FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0.5, 1), skip=(0.5, 1)))
-    assert torch.equal(plain[1], late[1]) and not torch.equal(plain[2], late[2])
+@pytest.mark.parametrize("technique", [
+    dict(freeu=FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0.5, 1), skip=(0.5, 1))),
+    dict(skips=SkipTuning(0.8, steps=(0.5, 1))), dict(skips=ScaleLong(0.9, steps=(0.5, 1)))], ids=str)
+@pytest.mark.parametrize("sampler,first", [("ddim", 2), ("heun", 4)])
+def test_steps_outside_the_gates_are_bit_equal_to_the_plain_loop(unet, technique, sampler, first):
+    def run(**techniques):
+        said = Condition(randn(1, 5, 16, seed=1))
+        return [x for _, x in generate(unet, randn(1, 4, 8, 8), said, None, plan(sampler, 4), **techniques)]
+    plain, late = run(), run(**technique)
+    assert torch.equal(plain[first - 1], late[first - 1]) and not torch.equal(plain[first], late[first])
 
 
-def test_skip_scaling_by_depth():
-    rho = [skip_tuning(0.6)(i, 12) for i in range(12)]
+def test_skips_have_factors_by_depth():
+    rho = [SkipTuning(0.6).factor(i, 12) for i in range(12)]
     assert rho[0] == 0.6 and rho[-1] == pytest.approx(1) and rho[3] + rho[8] == pytest.approx(1.6)
-    assert [scale_long(0.5)(i, 4) for i in range(4)] == [0.125, 0.25, 0.5, 1]
+    assert [SkipTuning(0.5, 0.8).factor(i, 4) for i in (0, 3)] == [0.5, 0.8]
+    assert [ScaleLong(0.5).factor(i, 4) for i in range(4)] == [0.125, 0.25, 0.5, 1]
 
 
-def test_skip_scaling_works_alone_and_together_with_freeu(unet):
-    x, t, context = inputs()
-    h, skip = randn(1, 128, 4, 4), randn(1, 8, 4, 4, seed=1)
-    alone, both = FreeU(skip_scale=skip_tuning(0.8)), FreeU(1.5, 1.6, 0.9, 0.2, skip_scale=skip_tuning(0.8))
-    assert torch.equal(alone(h, skip, 0, NARROW)[1], 0.8 * skip) and torch.equal(alone(h, skip, 0, NARROW)[0], h)
-    assert torch.allclose(both(h, skip, 0, NARROW)[1], 0.8 * damp_low_frequencies(skip, 0.9))
-    assert alone.at(0.5) is alone
-    assert not torch.allclose(unet(x, t, context, freeu=alone), unet(x, t, context), atol=1e-4)
+def test_skip_scaling_leaves_the_backbone_alone_and_comes_after_freeu(unet):
+    h, skip, f, tuned = randn(1, 128, 4, 4), randn(1, 8, 4, 4, seed=1), FreeU(1.5, 1.6, 0.9, 0.2), SkipTuning(0.8)
+    assert torch.equal(tuned(h, skip, 0, WIDE)[1], 0.8 * skip) and torch.equal(tuned(h, skip, 0, WIDE)[0], h)
+    both = unet(*inputs(), on=Techniques(freeu=f, skips=tuned))
+    one_by_one = Techniques(freeu=lambda h, skip, *place: tuned(*f(h, skip, *place), *place))
+    assert torch.equal(unet(*inputs(), on=one_by_one), both)
+    for alone in (Techniques(freeu=f), Techniques(skips=tuned), Techniques()):
+        assert not torch.allclose(unet(*inputs(), on=alone), both, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings,words", [
-    (dict(b1=-1), "b1"), (dict(s2=11), "s2"), (dict(b2="high"), "b2"), (dict(b1=math.nan), "b1"),
-    (dict(version=3), "1 or 2"), (dict(rule="block"), "channels or level"), (dict(window="disc"), "2x2 or dc"),
-    (dict(threshold=0), "threshold"), (dict(backbone=(0.5, 0.2)), "backbone gate"), (dict(skip=(0, 1.5)), "skip gate")])
-def test_bad_settings_are_named(settings, words):
+@pytest.mark.parametrize("kind,settings,words", [
+    (FreeU, dict(b1=-1), "b1"), (FreeU, dict(s2=11), "s2"), (FreeU, dict(b2="high"), "b2"),
+    (FreeU, dict(b1=math.nan), "b1"), (FreeU, dict(version=3), "1 or 2"), (FreeU, dict(rule="block"), "channels or"),
+    (FreeU, dict(window="disc"), "2x2 or dc"), (FreeU, dict(threshold=0), "threshold"),
+    (FreeU, dict(backbone=(0.5, 0.2)), "backbone gate"), (FreeU, dict(skip=(0, 1.5)), "skip gate"),
+    (SkipTuning, dict(bottom=-1), "Skip-Tuning's factor"), (SkipTuning, dict(bottom=1, top=11), "Skip-Tuning's factor"),
+    (SkipTuning, dict(bottom=1, steps=(1, 0)), "Skip-Tuning's steps"), (ScaleLong, dict(kappa=math.nan), "kappa"),
+    (ScaleLong, dict(kappa=1, steps=(0, 2)), "ScaleLong's steps")])
+def test_bad_settings_are_named(kind, settings, words):
     with pytest.raises(ValueError, match=words):
-        FreeU(**settings)
+        kind(**settings)
 
 
-def test_there_is_a_preset_for_every_family_and_version():
-    for version in (1, 2):
-        for family in CONFIGS:
-            assert FreeU(*freeu.PRESETS[version][family], version=version).at(0.5) is not None
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_factors_that_are_not_given_are_the_published_ones_of_the_family(family, version):
+    sd = SimpleNamespace(config=SimpleNamespace(family=family))
+    assert FreeU(version=version).bind(sd) == FreeU(*PRESETS[version][family], version=version)
+    some = FreeU(b2=0.0, s1=1, version=version).bind(sd)
+    assert (some.b2, some.s1) == (0, 1) and some.b1 == PRESETS[version][family][0]
+
+
+def test_a_run_without_a_family_needs_all_factors(unet):
+    with pytest.raises(ValueError, match="give b1, b2, s1 and s2"):
+        next(generate(unet, randn(1, 4, 8, 8), Condition(randn(1, 5, 16)), None, plan("ddim", 4), freeu=FreeU(b1=1.5)))
