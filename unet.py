@@ -288,27 +288,19 @@ class SpatialTransformer(nn.Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])         # (B, C, H, W)
 
 
-class Downsample(nn.Module):
-    """A bag for the convolution that halves a map, rounding up: checkpoints say "downsamplers.0.conv"."""
+class Resample(nn.Module):
+    """A bag for one convolution: stride 2 halves a map, rounding up; stride 1 follows the enlargement of a map."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-
-class Upsample(nn.Module):
-    """A bag for the convolution after a map was enlarged: checkpoints say "upsamplers.0.conv"."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1)
 
 
 class Level(nn.Module):
     """The layers of one resolution, without a forward pass of their own: `UNet.encode` and `UNet.decode` call them."""
 
     def __init__(self, resnets: list[ResBlock], attentions: list[SpatialTransformer],
-                 down: Downsample | None = None, up: Upsample | None = None):
+                 down: Resample | None = None, up: Resample | None = None):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)                    # as many as resnets, or none
@@ -359,7 +351,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, c in enumerate(channels):
             resnets = [resnet(h if j == 0 else c, c) for j in range(config.layers)]
-            down = Downsample(c) if i < last else None
+            down = Resample(c, 2) if i < last else None
             self.down_blocks.append(Level(resnets, attentions(i, config.layers), down=down))
             skips += [c] * (config.layers + (i < last))
             h = c
@@ -370,7 +362,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, c in reversed(list(enumerate(channels))):
             resnets = [resnet((h if j == 0 else c) + skips.pop(), c) for j in range(config.layers + 1)]
-            up = Upsample(c) if i > 0 else None
+            up = Resample(c, 1) if i > 0 else None
             self.up_blocks.append(Level(resnets, attentions(i, config.layers + 1), up=up))
             h = c
 
