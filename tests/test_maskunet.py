@@ -1,6 +1,7 @@
 """maskunet.py: against outputs of the official classes, the odds of every mask, what can learn, and what stays."""
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,28 +17,29 @@ from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from command import InputError
 from folder import TINY
 from freescale import FreeScale
-from freeu import FreeU, skip_tuning
+from freeu import FreeU, SkipTuning
 from maskunet import (
     LAYERS,
     DynamicMasks,
     Gumbel,
     Lift,
     MaskGenerator,
+    MaskRun,
     Masks,
     MaskSearch,
     RandomMasks,
+    Search,
     StaticMasks,
     exponential,
     load_masks,
     masked_layers,
     save_masks,
-    score_latents,
     weight_digest,
 )
 from reward import ClipReward, load_reward
-from sampler import SAMPLERS, ddim, dpm_solver, generate, plan
-from txt2img import StableDiffusion
-from unet import CONFIGS, UNet, linear, sinusoid
+from sampler import SAMPLERS, Condition, begin, ddim, dpm_solver, generate, plan
+from stable_diffusion import StableDiffusion
+from unet import CONFIGS, OFF, Techniques, UNet, linear, sinusoid
 
 GOLDEN = load_file(DATA / "maskunet.safetensors")
 
@@ -54,20 +56,33 @@ def random_dynamic(unet: UNet, **settings) -> DynamicMasks:
     return masks
 
 
-def call(masks, unet: UNet = UNETS[NARROW], batch: int = 2, step: int = 0, time: float = 500) -> torch.Tensor:
+def masked(layer: nn.Linear, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The layer with this mask on its weight."""
+    class Given:
+        def of(self, layer: nn.Linear) -> torch.Tensor:
+            return layer.weight * mask
+    return linear(layer, x, Techniques(masks=Given()))
+
+
+def call(masks: Masks | None, unet: UNet = UNETS[NARROW], batch: int = 2, step: int = 0) -> torch.Tensor:
     """One pass of the U-Net under these masks (None: without)."""
-    run = None if masks is None else masks.start(unet, seeded(*range(batch)), batch).at(step)
-    return unet(randn(batch, 4, 8, 8), torch.full((batch,), time), randn(batch, 5, 8, seed=1), masks=run)
+    on = OFF if masks is None else Techniques(masks=MaskRun(masks, unet, list(range(batch))).at((step,), (0,)))
+    return unet(randn(batch, 4, 8, 8), torch.full((batch,), 500), randn(batch, 5, 8, seed=1), on=on)
 
 
-def trajectory(masks, unet: UNet = UNETS[NARROW], seeds: tuple[int, ...] = (0, 1), steps: int = 6, **more) -> list:
+def arguments(masks, unet: UNet = UNETS[NARROW], seeds: tuple[int, ...] = (0, 1), steps: int = 6, sampler: str = "ddim",
+              size: tuple[int, int] = (8, 8), **more) -> dict:
+    """Of a guided run, for `generate`."""
+    rows = lambda first, *shape: torch.cat([randn(1, *shape, seed=seed + first) for seed in seeds])
+    context, added = rows(10, 5, 8), rows(20, 6) if unet.config.add_dim else None
+    return dict(unet=unet, noise=rows(0, 4, *size), prompt=Condition(context, added),
+                negative=Condition(0 * context, added), plan=plan(sampler, steps), masks=masks,
+                **{"generators": seeded(*seeds), "cfg_scale": 3} | more)
+
+
+def trajectory(masks, *how, **more) -> list[torch.Tensor]:
     """The latents after every step of a guided run."""
-    noise = torch.cat([randn(1, 4, 8, 8, seed=seed) for seed in seeds])
-    context = torch.cat([randn(1, 5, 8, seed=seed + 10) for seed in seeds])
-    more = {"generators": seeded(*seeds), "cfg_scale": 3} | more
-    if unet.config.add_dim:
-        more["added"] = torch.cat([randn(1, 6, seed=seed + 20) for seed in seeds])
-    return [x for _, x in generate(unet, noise, context, torch.zeros_like(context), steps=steps, masks=masks, **more)]
+    return [x for _, x in generate(**arguments(masks, *how, **more))]
 
 
 # -------------------------------------------------------------------------------------------------- official outputs
@@ -98,7 +113,7 @@ def test_generator_lift_mask_and_layer_equal_the_official_ones_and_so_do_all_gra
     logits = lift(core)
     logits.retain_grad()
     mask = Gumbel().mask(logits, GOLDEN["A.noise.exp"])
-    y = linear(layer, values["x"], mask)
+    y = masked(layer, values["x"], mask)
     for got, name in ((core, "gen"), (logits, "logits"), (y, "y")):
         assert (got - GOLDEN[f"A.out.{name}"]).abs().max() <= 2e-6
     assert torch.equal(mask.detach(), GOLDEN["A.out.mask"])
@@ -122,7 +137,7 @@ def test_the_shared_mask_equals_the_official_one():
     layer.load_state_dict(official("C.linear."))
     logits = GOLDEN["C.logits"].clone().requires_grad_()
     mask = Gumbel().mask(logits, GOLDEN["C.noise.exp"])
-    y = linear(layer, GOLDEN["A.in.x"], mask)
+    y = masked(layer, GOLDEN["A.in.x"], mask)
     (y * GOLDEN["A.in.grad_y"]).sum().backward()
     assert torch.equal(mask.detach(), GOLDEN["C.out.mask"]) and (y - GOLDEN["C.out.y"]).abs().max() <= 1e-6
     assert (logits.grad - GOLDEN["C.grad.logits"]).abs().max() <= 1e-6
@@ -174,7 +189,7 @@ def test_without_chance_the_likelier_value_is_taken():
 def test_the_gradient_of_a_mask_is_that_of_the_sigmoid():
     layer, x, r = nn.Linear(12, 20), randn(5, 7, 12), randn(5, 7, 20, seed=1)
     logits, noise = randn(20, 12, seed=2).requires_grad_(), exponential((20, 12), states(0))[0]
-    (linear(layer, x, Gumbel().mask(logits, noise)) * r).sum().backward()
+    (masked(layer, x, Gumbel().mask(logits, noise)) * r).sum().backward()
     soft = torch.sigmoid(logits.detach() - noise.log())
     want = torch.einsum("bno,bni->oi", r, x) * layer.weight.detach() * soft * (1 - soft)
     assert (logits.grad - want).abs().max() <= 1e-6 * want.abs().max()
@@ -193,9 +208,8 @@ def test_a_draw_of_zero_makes_no_mask_of_an_infinite_logit_undefined(monkeypatch
     for form in (1, 2):
         assert torch.equal(Gumbel(form).mask(torch.tensor([-math.inf, math.inf]), noise), torch.tensor([0.0, 1.0]))
     for window in (False, True):
-        run = Masks(RandomMasks(1.0, window)).start(UNETS[NARROW], seeded(0), 1).at(0)
-        masks = [m for four in run.blocks("up_blocks.1.attentions.0.", 1, None, 3) for two in four for m in two]
-        assert len(masks) == 8 and not any(m.any() for m in masks)
+        run = MaskRun(Masks(RandomMasks(1.0, window)), UNETS[NARROW], [0])
+        assert not any(run.at((0,), (0,)).of(layer).any() for layer in run.places)
 
 
 def test_noise_has_mean_one_and_comes_from_the_generators_alone():
@@ -234,11 +248,11 @@ def test_a_mask_of_ones_changes_nothing_and_rows_have_their_own(size):
     b, n, i, o = size
     x, mask = randn(b, n, i), (randn(b, o, i, seed=1) > 0).float()
     for layer in (nn.Linear(i, o), nn.Linear(i, o, bias=False)):
-        assert torch.equal(linear(layer, x, torch.ones(o, i)), layer(x))
-        assert (linear(layer, x, torch.ones(b, o, i)) - layer(x)).abs().max() <= 1e-6
+        assert torch.equal(masked(layer, x, torch.ones(o, i)), layer(x))
+        assert (masked(layer, x, torch.ones(b, o, i)) - layer(x)).abs().max() <= 1e-6
         want = torch.stack([F.linear(x[k], layer.weight * mask[k], layer.bias) for k in range(b)])
-        assert (linear(layer, x, mask) - want).abs().max() <= 1e-6
-        assert torch.equal(linear(layer, x, mask[0])[0], F.linear(x, layer.weight * mask[0], layer.bias)[0])
+        assert (masked(layer, x, mask) - want).abs().max() <= 1e-6
+        assert torch.equal(masked(layer, x, mask[0])[0], F.linear(x, layer.weight * mask[0], layer.bias)[0])
 
 
 @pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "xl"])
@@ -267,8 +281,8 @@ def test_every_masked_layer_acts_and_only_those():
 def test_the_density_is_set_by_the_initial_logits():
     unet = UNETS[NARROW]
     for masks in (StaticMasks(unet, initial=0.0), DynamicMasks(unet, initial=0.0)):
-        run = Masks(masks).start(unet, seeded(0, 1), 2).at(0)
-        unet(randn(2, 4, 8, 8), torch.tensor([500, 500]), randn(2, 5, 8), masks=run)
+        run = MaskRun(Masks(masks), unet, [0, 1])
+        unet(randn(2, 4, 8, 8), torch.tensor(500), randn(2, 5, 8), on=Techniques(masks=run.at((0,), (0,))))
         assert run.total == 2 * sum(layer.weight.numel() for layer in masked_layers(unet).values())
         assert abs(run.density - 0.632121) <= binomial(0.632121, run.total)
 
@@ -277,8 +291,8 @@ def test_the_expected_weights_are_the_mean_over_many_draws():
     layer, x, logits = nn.Linear(12, 20), randn(1, 7, 12), randn(20, 12, seed=1)
     noise = exponential((20, 12), states(*range(2000)))
     with torch.no_grad():
-        mean = torch.stack([linear(layer, x, Gumbel().mask(logits, e)) for e in noise]).mean(dim=0)
-        assert (mean - linear(layer, x, Gumbel().probability(logits))).abs().max() < 0.05
+        mean = torch.stack([masked(layer, x, Gumbel().mask(logits, e)) for e in noise]).mean(dim=0)
+        assert (mean - masked(layer, x, Gumbel().probability(logits))).abs().max() < 0.05
 
 
 def test_modes_without_chance_need_no_generators_and_repeat():
@@ -293,25 +307,38 @@ def test_modes_without_chance_need_no_generators_and_repeat():
         Masks(random_dynamic(unet), "often")
 
 
-def test_fresh_noise_differs_by_step_by_image_and_by_half_and_fixed_or_shared_noise_does_not():
-    masks = StaticMasks(UNETS[NARROW], initial=0.0)
-    name = next(iter(masked_layers(UNETS[NARROW])))
+def test_noise_is_that_of_seed_step_branch_attempt_and_layer_unless_it_is_fixed_or_shared():
+    unet = UNETS[NARROW]
+    masks, layers = StaticMasks(unet, initial=0.0), [
+        layer for layer in masked_layers(unet).values() if layer.weight.shape == (16, 16)]
 
-    def drawn(step: int, **how) -> torch.Tensor:
-        run = Masks(masks, **how).start(UNETS[NARROW], seeded(0, 1), 2, halves=2).at(step)
-        pairs = list(run.unit(3, randn(4, 16, 2, 2), randn(4, 16, 2, 2), randn(4, 32)))
-        assert name.endswith("3.to_q") or pairs[0][0].q.shape == (4, 16, 16)
-        return pairs[0][0].q.detach()
+    def drawn(step: int, layer: nn.Linear = layers[0], attempts: tuple[int, ...] = (), **how) -> torch.Tensor:
+        run = MaskRun(Masks(masks, **how), unet, [0, 1], list(attempts))
+        return run.at((step,), (0, 1)).of(layer).detach()              # rows: branch, then image
     m = drawn(0)
-    assert all(not torch.equal(m[j], m[k]) for j in range(4) for k in range(j))
+    assert all(not torch.equal(m[j] != 0, m[k] != 0) for j in range(4) for k in range(j))
     assert torch.equal(drawn(0), m) and not torch.equal(drawn(1), m)
-    assert torch.equal(drawn(1, fresh=False), drawn(0, fresh=False))
+    assert not torch.equal(drawn(0, layers[1]) != 0, m != 0)
+    tried = drawn(0, attempts=(0, 1))
+    assert torch.equal(tried[::2], m[::2]) and not torch.equal(tried[1], m[1]) and not torch.equal(tried[3], m[3])
+    assert torch.equal(drawn(1, fixed=True), drawn(0, fixed=True))
     shared = drawn(1, shared=True)
     assert torch.equal(shared[:2], shared[2:]) and not torch.equal(shared[0], shared[1])
 
 
+def test_noise_does_not_depend_on_what_else_is_drawn():
+    """One image or two, one branch or two, one call or two in a batch, all layers or one: the same masks."""
+    unet, masks = UNETS[NARROW], StaticMasks(UNETS[NARROW], initial=0.0)
+    layer = list(masked_layers(unet).values())[20]
+    whole = MaskRun(Masks(masks), unet, [3, 4]).at((5, 6), (0, 1))
+    rows = [(call, half, seed) for call in (5, 6) for half in (0, 1) for seed in (3, 4)]
+    for _ in range(2):                                                 # nor on how often
+        for (i, half, seed), weight in zip(rows, whole.of(layer)):
+            assert torch.equal(MaskRun(Masks(masks), unet, [seed]).at((i,), (half,)).of(layer), weight)
+
+
 def test_a_picture_depends_on_its_own_seed_only():
-    for masks in (Masks(random_dynamic(UNETS[NARROW])), Masks(RandomMasks(0.2), shared=True)):
+    for masks in (Masks(random_dynamic(UNETS[NARROW])), RandomMasks(0.2)):
         together, alone = trajectory(masks, seeds=(0, 1, 2))[-1], trajectory(masks, seeds=(1,))[-1]
         assert (together[1:2] - alone).abs().max() <= 1e-4 * alone.abs().max()
 
@@ -406,7 +433,7 @@ def learn_which_half(init: str, form: int, steps: int = 300) -> float:
         keep = torch.stack([torch.arange(16) < 8, torch.arange(16) >= 8])[late].float()
         noise = exponential((8, 16), states(*torch.randint(2 ** 31, (32,), generator=g).tolist()))
         mask = Gumbel(form).mask(lift(generator(h, h, sinusoid(900.0 * late, 32))), noise)
-        loss = (linear(layer, x, mask) - layer(x * keep[:, None])).square().mean()
+        loss = (masked(layer, x, mask) - layer(x * keep[:, None])).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -443,8 +470,8 @@ def test_masks_work_with_every_sampler(sampler):
 def test_masks_compose_with_freeu_and_both_caches(config):
     unet = UNETS[config]
     masks = Masks(random_dynamic(unet))
-    freeu = FreeU(1.3, 1.4, 0.9, 0.2, skip_scale=skip_tuning(0.8))
-    results = [trajectory(m, unet, freeu=f, cache=c)[-1] for m in (None, masks) for f in (None, freeu)
+    factors = {"freeu": FreeU(1.3, 1.4, 0.9, 0.2), "skips": SkipTuning(0.8)}
+    results = [trajectory(m, unet, cache=c, **f)[-1] for m in (None, masks) for f in ({}, factors)
                for c in (None, DeepCache(3, 4), DeepCache(2, 0), FasterDiffusion("paper"), FasterDiffusion((0, 2)))]
     assert all(x.isfinite().all() for x in results)
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
@@ -511,15 +538,6 @@ def test_masks_fit_their_model_in_every_dtype_and_no_other_of_its_shape(tmp_path
         load_masks(path, whole)
 
 
-@pytest.mark.parametrize("flags,words", [
-    (["--mask-random", 1.5], "between 0 and 1"), (["--masks", "none.safetensors"], "no file none.safetensors"),
-    (["--masks", ROOT / "txt2img.py"], "not a complete safetensors file"),
-    (["--masks", "x", "--mask-random", 0.5], "give one of them")])
-def test_bad_mask_flags_end_in_one_clear_line(flags, words, narrow, tmp_path, command):
-    code, _, err = command(txt2img.main, "a circle", "--model", narrow, "--out", tmp_path / "o.png", *flags)
-    assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())
-
-
 def test_masks_of_another_model_end_in_one_clear_line(narrow, tmp_path, command):
     other = StableDiffusion.load(narrow).unet
     other.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(-1)
@@ -542,28 +560,34 @@ def test_masks_that_are_not_finite_are_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- the training-free path
 
-def nearness(x0: torch.Tensor) -> torch.Tensor:
+def nearness(x0: torch.Tensor, words: tuple[str, ...] = ()) -> torch.Tensor:
     """A score: how near each image's latents are to fixed ones."""
     return -(x0 - randn(1, *x0.shape[1:], seed=9)).square().mean(dim=(1, 2, 3))
 
 
-def constant(x0: torch.Tensor) -> torch.Tensor:
+def constant(x0: torch.Tensor, words: tuple[str, ...]) -> torch.Tensor:
     return 0 * x0.sum(dim=(1, 2, 3))
 
 
-def one_step(search: MaskSearch, step: int = 0, unet: UNet = UNETS[NARROW]):
-    """A run after its search at one step, and the function that predicts x0 with the masks it left."""
-    run = search.start(unet, seeded(0, 1), 2).at(step)
+def climb(iterations: int, score=nearness, **more) -> Search:
+    return Search(MaskSearch((), iterations, **more), score)
 
-    def predict() -> torch.Tensor:
-        return 3 * unet(randn(2, 4, 8, 8), torch.tensor(500), randn(2, 5, 8, seed=1), masks=run)
-    run.search(predict)
+
+def one_step(found: Search, step: int = 0, unet: UNet = UNETS[NARROW]):
+    """A run after its search at one step, and the function (x, step) that predicts x0 with the masks it left."""
+    x, context = (z.to(unet.conv_in.weight.dtype) for z in (randn(2, 4, 8, 8), randn(2, 5, 8, seed=1)))
+    run = begin(unet, x, Condition(context), None, plan("ddim", 15), 1.0, None, 1.0, seeded(0, 1),
+                {"masks": found}).acting["masks"]
+
+    def predict(x: torch.Tensor = x, i: int = step) -> torch.Tensor:
+        return 3 * unet(x, torch.tensor(500), context, on=Techniques(masks=run.at((i,), (0,)))).float()
+    run.search(step, x, predict)
     return run, predict
 
 
 def test_the_search_climbs_its_score_at_every_step_anew():
-    run, predict = one_step(MaskSearch(nearness, 9, lr=0.1))
-    run.at(1).search(predict)
+    run, predict = one_step(climb(9, lr=0.1))
+    run.search(1, randn(2, 4, 8, 8), predict)
     assert [len(scores) for scores in run.history] == [9, 9]
     for scores in map(torch.tensor, run.history):
         assert (scores[-3:].mean(dim=0) > scores[:3].mean(dim=0)).all()
@@ -571,29 +595,30 @@ def test_the_search_climbs_its_score_at_every_step_anew():
 
 
 def test_the_released_schedule_searches_in_the_second_half_only():
-    search = MaskSearch(nearness, schedule="released")
-    assert [search.updates(step) for step in range(15)] == [0] * 7 + [9] * 8
-    assert [len(one_step(search, step)[0].history[0]) for step in (6, 7)] == [0, 9]
-    assert [len(one_step(MaskSearch(nearness, 4), step)[0].history[0]) for step in (6, 7)] == [4, 4]
-    assert {MaskSearch(nearness, 0, "released").updates(step) for step in range(15)} == {0}
-    assert {MaskSearch(nearness).updates(step) for step in range(15)} == {15}
+    released = climb(None, schedule="released")
+    assert [released.settings.updates(step) for step in range(15)] == [0] * 7 + [9] * 8
+    assert [len(one_step(released, step)[0].history[0]) for step in (6, 7)] == [0, 9]
+    assert [len(one_step(climb(4), step)[0].history[0]) for step in (6, 7)] == [4, 4]
+    assert {MaskSearch(iterations=0, schedule="released").updates(step) for step in range(15)} == {0}
+    assert {MaskSearch().updates(step) for step in range(15)} == {15}
 
 
 def test_no_iterations_are_masks_without_a_search():
     want = trajectory(Masks(StaticMasks(UNETS[NARROW], initial=1.0).requires_grad_(False), shared=True))
-    got = trajectory(MaskSearch(nearness, iterations=0))
+    got = trajectory(climb(0))
     assert all(torch.equal(a, b) for a, b in zip(got, want)) and not torch.equal(got[-1], trajectory(None)[-1])
 
 
 def test_no_iterations_with_all_masks_on_are_the_plain_model():
     plain = trajectory(None)[-1]
-    got = trajectory(MaskSearch(nearness, iterations=0, initial=5.0))[-1]
+    got = trajectory(climb(0, initial=5.0))[-1]
     assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_a_solver_that_forgets_at_every_step_as_the_released_search_made_it_is_ddim():
     p = plan("dpm++2m", 8)
-    solvers = {"ddim": ddim(p, 0.0, None), "2m": dpm_solver(p), "forgetful": lambda *step: dpm_solver(p)(*step)}
+    solvers = {"ddim": ddim(p, None), "2m": dpm_solver(p, None),
+               "forgetful": lambda *step: dpm_solver(p, None)(*step)}
     ends = {}
     for name, step in solvers.items():
         x = randn(1, 4, 8, 8)
@@ -607,19 +632,18 @@ def test_a_solver_that_forgets_at_every_step_as_the_released_search_made_it_is_d
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_leaves_the_solvers_history_and_noise_alone(sampler):
-    idle = trajectory(MaskSearch(constant, 2, keep="best"), sampler=sampler, steps=3)      # its first pass stays best
-    want = trajectory(MaskSearch(constant, 0), sampler=sampler, steps=3)
+    idle = trajectory(climb(2, constant, keep="best"), sampler=sampler, steps=3)      # its first pass stays best
+    want = trajectory(climb(0, constant), sampler=sampler, steps=3)
     assert all(torch.equal(a, b) for a, b in zip(idle, want))
-    found = trajectory(MaskSearch(nearness, 2), sampler=sampler, steps=3)
+    found = trajectory(climb(2), sampler=sampler, steps=3)
     assert found[-1].isfinite().all() and not torch.equal(found[-1], want[-1])
 
 
 def test_every_step_begins_anew_and_ten_updates_move_a_logit_by_a_tenth():
     for reset, updates in ((True, 10), (False, 20)):
-        search = MaskSearch(nearness, 10, reset=reset)
-        run, predict = one_step(search)
+        run, predict = one_step(climb(10, reset=reset))
         first = weights(run.masks.source)
-        run.at(1).search(predict)
+        run.search(1, randn(2, 4, 8, 8), predict)
         assert {int(state["step"]) for state in run.optimizer.state.values()} == {updates}
         for values in (first, weights(run.masks.source)):
             moved = torch.cat([(p - 1).abs().flatten() for p in values])
@@ -628,28 +652,28 @@ def test_every_step_begins_anew_and_ten_updates_move_a_logit_by_a_tenth():
 
 def test_the_best_mask_is_the_one_that_scored_best_for_each_image_and_the_last_is_the_last():
     for lr in (0.3, 1e-2):
-        run, predict = one_step(MaskSearch(nearness, 6, keep="best", lr=lr))
+        run, predict = one_step(climb(6, keep="best", lr=lr))
         scores = torch.tensor(run.history[0])
         assert len(scores) == 7 and torch.equal(nearness(predict()), scores.amax(dim=0))
         assert not any(p.requires_grad or p.grad is not None for p in run.masks.source.parameters())
-    run, _ = one_step(MaskSearch(nearness, 6))
-    assert len(run.history[0]) == 6 and {row[-1] for row in run.rows} == {6}
+    run, _ = one_step(climb(6))
+    assert len(run.history[0]) == 6 and run.attempts == [6, 6]
 
 
 def test_checkpointing_computes_the_same_with_the_same_noise():
     for cache in (None, DeepCache(2, 4)):
-        plain, saved = (trajectory(MaskSearch(nearness, 3, checkpointed=twice), cache=cache, steps=3)
+        plain, saved = (trajectory(climb(3, checkpoint=twice), cache=cache, steps=3)
                         for twice in (False, True))
         assert all(torch.equal(a, b) for a, b in zip(plain, saved))
 
 
 def test_the_search_for_one_image_knows_nothing_of_the_others():
-    a, b = (trajectory(MaskSearch(nearness, 3, keep="best"), seeds=seeds, steps=3)[-1] for seeds in ((0, 1), (0, 2)))
+    a, b = (trajectory(climb(3, keep="best"), seeds=seeds, steps=3)[-1] for seeds in ((0, 1), (0, 2)))
     assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
 
 
 def test_a_search_composes_with_freeu_and_caches_and_refuses_the_parallel_one():
-    freeu, search = FreeU(1.3, 1.4, 0.9, 0.2), MaskSearch(nearness, 2)
+    freeu, search = FreeU(1.3, 1.4, 0.9, 0.2), climb(2)
     for unet in UNETS.values():
         results = [trajectory(search, unet, freeu=f, cache=c, steps=3)[-1] for f in (None, freeu)
                    for c in (None, DeepCache(2, 3), FasterDiffusion((0, 2)))]
@@ -663,22 +687,20 @@ LARGER = FreeScale(((64, 64), (96, 128)), native=8, restart=0.5)
 COMPANIONS = {"nothing": {}, "FreeScale": dict(freescale=LARGER), "T-GATE": dict(tgate=TGate(2)),
               "all with DeepCache": dict(freescale=LARGER, tgate=TGate(3), cache=DeepCache(2, 4),
                                          freeu=FreeU(1.3, 1.4, 0.9, 0.2)),
-              "Inherit": dict(cache=Inherit("mid,u0-u2", 2))}
+              "Inherit": dict(cache=Inherit("mid:u0-u2", 2))}
 
 
 @pytest.mark.parametrize("companions", COMPANIONS)
 @pytest.mark.parametrize("kind", ["learned", "windows", "search"])
 def test_every_kind_of_masks_composes_with_everything_in_one_batch_and_in_two_passes(kind, companions):
-    unet, more = UNETS[NARROW], COMPANIONS[companions]
+    more = COMPANIONS[companions]
     size = (12, 16) if "freescale" in more else (8, 8)
-    masks = {"learned": lambda: Masks(random_dynamic(unet)), "windows": lambda: Masks(RandomMasks(0.3, window=True)),
-             "search": lambda: MaskSearch(nearness, 1)}[kind]()
+    masks = {"learned": Masks(random_dynamic(UNETS[NARROW])), "windows": RandomMasks(0.3, window=True),
+             "search": climb(1)}[kind]
 
     def draw(masks, seeds: tuple[int, ...] = (0, 1), **rest) -> torch.Tensor:
-        noise = torch.cat([randn(1, 4, *size, seed=seed) for seed in seeds])
-        context = torch.cat([randn(1, 5, 8, seed=seed + 10) for seed in seeds])
-        *_, (_, x) = generate(unet, noise, context, 0 * context, steps=4, cfg_scale=3, generators=seeded(*seeds),
-                              init=0.5 * noise if "freescale" in more else None, masks=masks, **more, **rest)
+        given = arguments(masks, seeds=seeds, steps=4, size=size, **more, **rest)
+        *_, (_, x) = generate(**given, init=0.5 * given["noise"] if "freescale" in more else None)
         return x
     whole, halves, plain = draw(masks), draw(masks, low_memory=True), draw(None)
     assert whole.isfinite().all() and not torch.allclose(whole, plain, atol=1e-3)
@@ -686,7 +708,13 @@ def test_every_kind_of_masks_composes_with_everything_in_one_batch_and_in_two_pa
     assert torch.allclose(halves, whole, atol=1e-3)
 
 
-def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(narrow):
+def judged_by(sd: StableDiffusion, judge, monkeypatch):
+    """Its score of latents, with this function in the place of the model's CLIP."""
+    monkeypatch.setattr("stable_diffusion.load_reward", lambda folder, device: judge)
+    return sd.latent_score(("clip",))
+
+
+def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(narrow, monkeypatch):
     sd, prompts = StableDiffusion.load(narrow), ["a red circle", "a blue circle"]
     for p in sd.unet.up_blocks.parameters():
         p *= 2
@@ -696,9 +724,10 @@ def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(narrow):
         assert asked == prompts and images.shape == (2, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
         seen.append(images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)))
         return seen[-1]
+    judged_by(sd, redness, monkeypatch)
     before = digest(sd.unet, sd.vae, *sd.text_encoders)
     latents = sd.sample(prompts, steps=1, sampler="dpm++2m", cfg_scale=1,
-                        masks=MaskSearch(score_latents(sd.vae, redness, prompts), 20, keep="best", lr=0.3))
+                        masks=MaskSearch(iterations=20, keep="best", lr=0.3))
     scores = torch.stack(seen).detach()
     assert all(s.requires_grad for s in seen[:20]) and not seen[20].requires_grad
     assert (scores[10:].mean(dim=0) > scores[0]).all()
@@ -715,13 +744,13 @@ def test_a_search_looks_at_pictures_decoded_in_tiles_and_keeps_one_tiles_activat
         seen.append(images.detach())
         return images.square().mean(dim=(1, 2, 3))
 
-    def decoded(tile: int | None) -> tuple[int, torch.Tensor]:
+    def decoded(tile: int) -> tuple[int, torch.Tensor]:
         """How many numbers autograd keeps, and the gradient."""
-        kept, score = [], score_latents(sd.vae, judge, ["a red circle"], lambda latents: tile)
+        sd.tile, kept, score = tile, [], judged_by(sd, judge, monkeypatch)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            value = score(z).sum()
+            value = score(z, ("a red circle",)).sum()
         return sum(kept), *torch.autograd.grad(value, z)
-    (whole, _), (tiled, grad) = decoded(None), decoded(8)
+    (whole, _), (tiled, grad) = decoded(0), decoded(8)
     want = (sd.vae.decode(z.detach() / sd.config.vae.scaling, 8) / 2 + 0.5).clamp(0, 1)
     assert torch.allclose(seen[1], want, atol=1e-6) and not torch.allclose(seen[0], want, atol=1e-3)
     monkeypatch.setattr("vae.checkpoint", lambda function, *arguments, **_: function(*arguments))
@@ -731,7 +760,7 @@ def test_a_search_looks_at_pictures_decoded_in_tiles_and_keeps_one_tiles_activat
 
 
 def raising(error: Exception):
-    def score(x0: torch.Tensor) -> torch.Tensor:
+    def score(x0: torch.Tensor, words: tuple[str, ...]) -> torch.Tensor:
         raise error
     return score
 
@@ -739,10 +768,10 @@ def raising(error: Exception):
 @pytest.mark.parametrize("score,words", [
     (raising(torch.OutOfMemoryError("CUDA out of memory")), "out of memory in the search .* lower --width"),
     (raising(RuntimeError("DefaultCPUAllocator: can't allocate memory")), "out of memory in the search"),
-    (lambda x0: x0.sum(dim=(1, 2, 3)) * math.nan, "not finite at step 0: use --dtype bfloat16")])
+    (lambda x0, words: x0.sum(dim=(1, 2, 3)) * math.nan, "not finite at step 0: use --dtype bfloat16")])
 def test_what_stops_a_search_is_one_clear_line(score, words):
     with pytest.raises(InputError, match=words):
-        trajectory(MaskSearch(score, 2))
+        trajectory(climb(2, score))
 
 
 def test_a_search_in_float16_follows_gradients_that_are_too_small_for_it():
@@ -750,17 +779,14 @@ def test_a_search_in_float16_follows_gradients_that_are_too_small_for_it():
     half.load_state_dict(UNETS[NARROW].state_dict())
     moved = []
     for unet in (UNETS[NARROW], half):
-        run = MaskSearch(lambda x0: 1e-5 * nearness(x0), 1).start(unet, seeded(0, 1), 2).at(0)
-        x, context = (z.to(unet.conv_in.weight.dtype) for z in (randn(2, 4, 8, 8), randn(2, 5, 8, seed=1)))
-        run.search(lambda run=run, unet=unet, x=x, context=context: unet(x, torch.tensor(500), context,
-                                                                         masks=run).float())
+        run, _ = one_step(climb(1, lambda x0, words: 1e-5 * nearness(x0)), unet=unet)
         moved.append(torch.cat([(p - 1).flatten() for p in weights(run.masks.source)]))
     assert torch.corrcoef(torch.stack(moved))[0, 1] > 0.9
 
 
 def test_other_errors_of_a_score_are_not_hidden():
     with pytest.raises(RuntimeError, match="shapes"):
-        trajectory(MaskSearch(raising(RuntimeError("shapes don't match")), 2))
+        trajectory(climb(2, raising(RuntimeError("shapes don't match"))))
 
 
 @pytest.mark.parametrize("settings,words", [(dict(iterations=-1), "0 or more"), (dict(keep="first"), "last or best"),
@@ -768,60 +794,59 @@ def test_other_errors_of_a_score_are_not_hidden():
                                             (dict(iterations=4, schedule="released"), "has its own iterations")])
 def test_bad_search_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
-        MaskSearch(nearness, **settings)
+        MaskSearch(**settings)
 
 
 # ------------------------------------------------------------------------------------- the search by a reward, by flags
 
-TINY_PICTURE = ["a red circle", "--steps", 2, "--device", "cpu", "--mask-reward", "clip", "--mask-iterations", 2]
+TINY_PICTURE = ["a red circle", "--steps", 2, "--device", "cpu"]
+
+
+def drawn(command, path: Path, *flags: object) -> tuple[torch.Tensor, str]:
+    """The pixels (1, 3, H, W) of a picture of the tiny model, and its text of settings."""
+    code, _, err = command(txt2img.main, *TINY_PICTURE, *flags, "--out", path)
+    assert code == 0, err
+    with Image.open(path) as file:
+        return torch.from_numpy(np.asarray(file).copy()).permute(2, 0, 1)[None] / 255, file.info["parameters"]
 
 
 def test_a_search_by_the_models_own_clip_runs_from_the_command_line_and_raises_the_score(tmp_path, command):
-    scores = {}
+    none, found = (drawn(command, tmp_path / f"{n}.png", "--masks", f"search,clip,{n},checkpoint") for n in (0, 6))
+    assert "Masks: \"search,iterations=6,checkpoint\"" in found[1]
     reward = load_reward(TINY / "clip")
-    for name, flags in {"none": ["--mask-iterations", 0], "search": ["--mask-iterations", 6]}.items():
-        code, _, err = command(txt2img.main, *TINY_PICTURE, *flags, "--mask-checkpoint",
-                               "--out", tmp_path / f"{name}.png")
-        assert code == 0, err
-        with Image.open(tmp_path / f"{name}.png") as file:
-            pixels = torch.from_numpy(np.asarray(file).copy()).permute(2, 0, 1)[None] / 255
-            assert "Mask search: clip iterations" in file.info["parameters"]
-        scores[name] = reward(pixels, ["a red circle"]).item()
-    assert scores["search"] > scores["none"]
+    assert reward(found[0], ["a red circle"]) > reward(none[0], ["a red circle"])
 
 
 def test_without_iterations_the_command_draws_with_masks_that_are_on(tmp_path, command):
-    made = {}
-    for name, flags in {"search": [*TINY_PICTURE[5:7], "--mask-iterations", 0], "plain": []}.items():
-        code, _, err = command(txt2img.main, *TINY_PICTURE[:5], *flags, "--out", tmp_path / f"{name}.png")
-        assert code == 0, err
-        with Image.open(tmp_path / f"{name}.png") as file:
-            made[name] = file.tobytes()
+    search, plain = (drawn(command, tmp_path / "o.png", *flags)[0] for flags in (["--masks", "search,clip,0"], []))
     sd = StableDiffusion.load(TINY)
     on = Masks(StaticMasks(sd.unet, initial=1.0).requires_grad_(False), shared=True)
-    want = sd.decode(sd.sample("a red circle", steps=2, masks=on))[0]
-    assert made["search"] == (want * 255).round().byte().permute(1, 2, 0).numpy().tobytes() != made["plain"]
+    want = sd.decode(sd.sample("a red circle", steps=2, masks=on))
+    assert torch.equal(search, (want * 255).round() / 255) and not torch.equal(search, plain)
 
 
 def test_too_little_memory_for_a_search_names_what_to_lower_and_leaves_nothing(tmp_path, command, monkeypatch):
     def too_large(self, images, prompts):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(ClipReward, "__call__", too_large)
-    code, _, err = command(txt2img.main, *TINY_PICTURE, "--out", tmp_path / "o.png")
+    code, _, err = command(txt2img.main, *TINY_PICTURE, "--masks", "search", "--out", tmp_path / "o.png")
     last = err.splitlines()[-1]
     assert code == 2 and "Traceback" not in err and not list(tmp_path.iterdir())
-    assert all(flag in last for flag in ("--mask-checkpoint", "--low-memory", "--width", "--height", "--resolutions",
-                                         "--freescale", "--batch-size"))
+    assert all(flag in last for flag in ("add checkpoint", "--low-memory", "--width", "--height", "--freescale",
+                                         "--batch-size"))
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--mask-reward", "nowhere"], "nowhere"), (["--mask-reward", TINY], "not a reward that judges them"),
-    (["--mask-reward", ROOT / "reward.py"], "is a file, not a converted reward"),
-    (["--cache", "faster", "--cache-parallel"], "leave out --cache-parallel"),
-    (["--mask-random", 0.5], "give one of them"),
-    (["--mask-iterations", -1], "0 or more"), (["--mask-schedule", "often"], "paper or released"),
-    (["--mask-schedule", "released"], "has its own iterations"),
-    (["--mask-keep", "first"], "last or best")])
-def test_bad_search_flags_end_in_one_clear_line(flags, words, tmp_path, command):
+    (["--masks", "search,nowhere"], "nowhere"), (["--masks", f"search,{TINY}"], "not a reward that judges them"),
+    (["--masks", f"search,{ROOT / 'reward.py'}"], "is a file, not a converted reward"),
+    (["--masks", "search", "--cache", "faster,parallel"], "without its parallel mode"),
+    (["--masks", "search,clip,-1"], "0 or more"), (["--masks", "search,schedule=often"], "paper or released"),
+    (["--masks", "search,clip,3,released"], "has its own iterations"),
+    (["--masks", "search,keep=first"], "last or best"),
+    (["--masks", "random,1.5"], "between 0 and 1"), (["--masks", "none.safetensors"], "no file none.safetensors"),
+    (["--masks", "random,0.5,mode=threshold"], "sample or expected"),
+    (["--masks", "m.safetensors,threshold,fixed"], "fixed does nothing with threshold"),
+    (["--masks", ROOT / "txt2img.py"], "not a complete safetensors file")])
+def test_bad_mask_flags_end_in_one_clear_line(flags, words, tmp_path, command):
     code, _, err = command(txt2img.main, *TINY_PICTURE, "--out", tmp_path / "o.png", *flags)
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and not list(tmp_path.iterdir())

@@ -14,23 +14,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import make, randn, seeded
 
 from benchmarks import speed
 from benchmarks.speed import Row, chosen, drift, error, insert, other_rows, reached, rows_of, table, take_turns
 from cache import DeepCache, FasterDiffusion, TGate
 from command import InputError, run_command
 from freescale import FreeScale
-from freeu import PRESETS, FreeU
+from freeu import FreeU
 from maskunet import DynamicMasks, Masks, RandomMasks, StaticMasks
-from sampler import generate
-from txt2img import StableDiffusion
+from sampler import Condition, generate, plan
+from stable_diffusion import StableDiffusion
 from unet import WIDE, UNet, UNetConfig, project
 
 NUMBERS = {"row": "unet tiny 64 float32 guided eager", "seconds": 0.02, "base seconds": 0.03, "ratio": 1.5,
            "least": 1.4, "greatest": 1.6, "cpu ratio": 1.45, "error": 1e-7, "base error": 0.0, "flops": 5e9,
            "bytes": 1e9, "of peak": 0.5, "base of peak": 0.25, "peak": {"peak": 4e8}, "base peak": {"peak": 6e8}}
-FREEU = FreeU(*PRESETS[2]["tiny"], rule="level")
+FREEU = FreeU(1.3, 1.4, 0.9, 0.2, rule="level")
 SCALE = FreeScale(((32, 32), (64, 64)), native=4, dilate=0.0)
 SMALL = UNetConfig(channels=(8, 16), layers=1, depth=(1, 1), heads=(2, 2), context_dim=8, groups=4)
 
@@ -160,8 +160,8 @@ def test_without_diffusers_one_sentence_says_what_to_install(monkeypatch, capsys
 
 # ----------------------------------------------------------------------------------------------- what speed rests on
 
-def test_a_prompts_picture_is_the_same_whatever_its_batch(tmp_path):
-    sd = StableDiffusion.load(make_folder(tmp_path / "narrow"))
+def test_a_prompts_picture_is_the_same_whatever_its_batch(narrow):
+    sd = StableDiffusion.load(narrow)
     prompts = ["a red circle", "a blue circle", "a red circle", "blue", "a"]
     alone = torch.cat([sd.decode(sd.sample(p, steps=3, seed=k)) for k, p in enumerate(prompts)])
     for size in (2, 5):
@@ -169,8 +169,8 @@ def test_a_prompts_picture_is_the_same_whatever_its_batch(tmp_path):
         assert (batched - alone).abs().max() <= 1e-5
 
 
-def test_a_text_that_stands_twice_in_a_batch_is_encoded_once(tmp_path, monkeypatch):
-    sd, seen = StableDiffusion.load(make_folder(tmp_path / "xl", sdxl=True)), []
+def test_a_text_that_stands_twice_in_a_batch_is_encoded_once(narrow_xl, monkeypatch):
+    sd, seen = StableDiffusion.load(narrow_xl), []
     plain = sd.tokenizer
     monkeypatch.setattr(sd, "tokenizer", lambda prompts, *rest: (seen.append(prompts), plain(prompts, *rest))[1])
     context, pooled = sd.encode_prompt(["a", "red", "a"])
@@ -179,10 +179,9 @@ def test_a_text_that_stands_twice_in_a_batch_is_encoded_once(tmp_path, monkeypat
     assert not torch.equal(context[0], context[1])
 
 
-def test_convolutions_are_laid_out_for_their_precision_as_they_are_loaded(tmp_path):
-    folder = make_folder(tmp_path / "narrow")
+def test_convolutions_are_laid_out_for_their_precision_as_they_are_loaded(narrow):
     for dtype, last in ((torch.bfloat16, True), (torch.float32, False)):
-        sd = StableDiffusion.load(folder, dtype=dtype)
+        sd = StableDiffusion.load(narrow, dtype=dtype)
         for weight in (sd.unet.mid_block.resnets[0].conv1.weight, sd.vae.decoder.mid_block.resnets[0].conv1.weight):
             assert weight.is_contiguous(memory_format=torch.channels_last) == last != weight.is_contiguous()
 
@@ -204,8 +203,7 @@ def test_a_command_uses_its_freed_memory_again():
 
 
 def test_wide_layers_are_the_same_as_convolutions():
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 7, 320), (320, 320), (320,)))
+    x, weight, bias = randn(2, 7, 320), randn(320, 320, seed=1), randn(320, seed=2)
     assert weight.numel() == WIDE
     for b in (bias, None):
         out, want = project(x, weight, b), torch.nn.functional.linear(x, weight, b)
@@ -217,10 +215,10 @@ def test_wide_layers_are_the_same_as_convolutions():
     ({"cache": FasterDiffusion((0, 1, 5), parallel=True)}, 4),         # an encoder, and decoders of 1, 4 and 7 steps
     ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)],
     ids=["plain", "faster", "parallel", "together"])
-def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_few_times(techniques, graphs, tmp_path):
+def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_few_times(techniques, graphs, narrow):
     """A graph for each kind of step, not for each step. The graphs run as they are, so no C++ compiler is needed."""
     torch.compiler.reset()
-    sd, compiled = StableDiffusion.load(make_folder(tmp_path / "narrow")), []
+    sd, compiled = StableDiffusion.load(narrow), []
     plain = sd.sample("a circle", steps=12, **techniques)
 
     def note(graph, inputs):
@@ -234,12 +232,9 @@ def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_f
 def small_run(techniques: dict, compiled: list | None, low_memory: bool, translate: bool = False) -> torch.Tensor:
     """Latents of two pictures by a U-Net of two levels, whose graphs go into the list `compiled` unless it is None.
 
-    translate: PyTorch's compiler makes C++ of the graphs; else they run as they are.
+    translate: PyTorch's compiler makes C++ of the graphs; otherwise they run as they are.
     """
-    randn = lambda seed, *shape: torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(0)
-        unet = UNet(SMALL).requires_grad_(False)
+    unet = make(UNet, SMALL)
     if callable(techniques.get("masks")):
         techniques = techniques | {"masks": techniques["masks"](unet)}
 
@@ -249,9 +244,9 @@ def small_run(techniques: dict, compiled: list | None, low_memory: bool, transla
     if compiled is not None:
         torch.compiler.reset()
         unet.compile(backend="inductor" if translate else note, fullgraph=True, dynamic=False, recompile_limit=64)
-    *_, (_, latents) = generate(unet, randn(0, 4, 8, 8), randn(1, 5, 8), randn(2, 5, 8), 8, cfg_scale=3.0,
-                                generators=[torch.Generator().manual_seed(k) for k in range(2)], init=randn(3, 4, 8, 8),
-                                low_memory=low_memory, **techniques)
+    *_, (_, latents) = generate(unet, randn(2, 4, 8, 8), Condition(randn(2, 5, 8, seed=1)),
+                                Condition(randn(2, 5, 8, seed=2)), plan("ddim", 8), 3.0, randn(2, 4, 8, 8, seed=3),
+                                1.0, seeded(0, 1), low_memory, **techniques)
     return latents
 
 
@@ -270,7 +265,7 @@ ALL = {"masks": dynamic("sample"), "freescale": SCALE, "freeu": FREEU, "cache": 
     (False, 2, {"masks": static}),                                     # at the first step nothing is kept yet
     (False, 2, {"masks": dynamic("threshold"), "freescale": replace(SCALE, fast=True, blur="official")}),
     (False, 2, {"masks": dynamic("expected", shared=True), "freescale": replace(SCALE, attention="local")}),
-    (False, 3, {"masks": Masks(RandomMasks(0.2, window=True), fresh=False), "freescale": replace(SCALE, dilate=0.7)}),
+    (False, 3, {"masks": RandomMasks(0.2, window=True, fixed=True), "freescale": replace(SCALE, dilate=0.7)}),
     (False, 8, {"masks": static, "freescale": SCALE, "freeu": FREEU, "cache": FasterDiffusion(3, parallel=True)}),
     (False, 8, ALL), (True, 16, ALL)],
     ids=["static", "threshold", "expected", "random", "parallel", "together", "halves"])
@@ -287,17 +282,17 @@ def test_compiled_masks_are_drawn_from_the_same_noise():
     assert (small_run({"masks": static}, [], False, translate=True) - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
-def test_a_command_that_compiles_has_room_for_more_kinds_of_steps_than_pytorchs_own_eight(tmp_path, monkeypatch):
+def test_a_command_that_compiles_has_room_for_more_kinds_of_steps_than_pytorchs_own_eight(narrow, monkeypatch):
     compiled, plain = [], UNet.compile
 
     def note(graph, inputs):
         compiled.append(graph)
         return graph.forward
-    # behind the limit, a full graph is an error
+    # beyond the limit, a full graph is an error
     monkeypatch.setattr(UNet, "compile", lambda self, options, **more: plain(
         self, backend=note, fullgraph=True, **more))
     torch.compiler.reset()
-    sd = StableDiffusion.load(make_folder(tmp_path / "narrow"), compiled=True)
+    sd = StableDiffusion.load(narrow, compiled=True)
     for techniques in ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, {"cache": FasterDiffusion(2)}):
         for prompts in (["a"], ["a", "red"]):
             sd.sample(prompts, steps=6, **techniques)

@@ -19,9 +19,9 @@ from safetensors import safe_open
 import train
 import txt2img
 from command import InputError
-from maskunet import DynamicMasks, Masks, StaticMasks, mix
-from train import Training, noised, read_batches, read_pairs, train_denoiser
-from txt2img import StableDiffusion
+from maskunet import DynamicMasks, StaticMasks, mix
+from stable_diffusion import StableDiffusion
+from train import MaskedUNet, Training, noised, read_batches, read_pairs, train_denoiser
 
 
 @pytest.fixture()
@@ -44,9 +44,9 @@ def fixed_batches(batch: int = 4):
 @torch.no_grad()
 def fixed_loss(sd: StableDiffusion, masks: DynamicMasks | StaticMasks) -> float:
     """Always of the same pictures, times and noises."""
-    x, t, target, (context, _) = noised(sd, *next(fixed_batches(64)), seeded(*range(64)))
-    run = Masks(masks).start(sd.unet, seeded(*range(64)), 64).at(0)
-    return F.mse_loss(sd.unet(x, t, context, masks=run), target).item()
+    x, t, target, (context, *_) = noised(sd, *next(fixed_batches(64)), seeded(*range(64)))
+    out, _ = MaskedUNet(sd.unet, masks)(x, t, context, None, list(range(64)), 0)
+    return F.mse_loss(out, target).item()
 
 
 @pytest.mark.parametrize("kind,lr", [(DynamicMasks, 0.02), (StaticMasks, 0.1)])
@@ -82,9 +82,9 @@ def test_latents_that_were_encoded_before_train_as_their_pictures_do(narrow):
     sd = StableDiffusion.load(narrow)
     images, captions = next(fixed_batches(4))
     mean, logvar = sd.vae.encode(images * 2 - 1)
-    for ours, theirs in zip(noised(sd, (mean, (0.5 * logvar).exp()), captions, seeded(*range(4))),
-                            noised(sd, images, captions, seeded(*range(4)))):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs) if b is not None)
+    (*ours, mine), (*theirs, yours) = (noised(sd, given, captions, seeded(*range(4)))
+                                       for given in ((mean, (0.5 * logvar).exp()), images))
+    assert mine.words == yours.words and all(map(torch.equal, [*ours, mine.context], [*theirs, yours.context]))
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(narrow, tmp_path):
@@ -171,18 +171,18 @@ def test_masks_from_the_command_line_make_a_picture_that_says_so(narrow, data, t
     masks, picture = tmp_path / "m.safetensors", ["a red circle", "--model", narrow, "--steps", 4, "--device", "cpu"]
     assert command(train.main, "masks", "--model", narrow, "--data", data, "--out", masks, "--steps", 2, "--batch", 2,
                    "--initial", -1, "--device", "cpu")[0] == 0
-    made = {}
-    for name, flags in {"plain": [], "masks": ["--masks", masks], "fixed": ["--masks", masks, "--mask-fixed"],
-                        "threshold": ["--masks", masks, "--mask-mode", "threshold"],
-                        "random": ["--mask-random", 0.3], "window": ["--mask-random", 0.3, "--mask-window"]}.items():
-        code, _, err = command(txt2img.main, *picture, *flags, "--out", tmp_path / f"{name}.png")
+    made, fixed = {}, f"{masks},fixed"
+    for flags in ([], ["--masks", masks], ["--masks", fixed], ["--masks", f"{masks},threshold"],
+                  ["--masks", "random,0.3"], ["--masks", "random,0.3,window"]):
+        code, _, err = command(txt2img.main, *picture, *flags, "--out", tmp_path / "o.png")
         assert code == 0, err
-        with Image.open(tmp_path / f"{name}.png") as file:
-            made[name] = (file.tobytes(), file.info["parameters"])
-    assert len({pixels for pixels, _ in made.values()}) == len(made)
-    fixed = f"Masks: m.safetensors {hashlib.sha256(masks.read_bytes()).hexdigest()[:8]} sample fixed"
-    for name, words in (("fixed", fixed), ("window", "Masks: random 0.3 sample window")):
-        assert words in made[name][1] and "Masks" not in made["plain"][1]
+        with Image.open(tmp_path / "o.png") as file:
+            made[str(flags[-1]) if flags else ""] = (file.tobytes(), file.info["parameters"])
+    assert len({pixels for pixels, _ in made.values()}) == len(made) == 6
+    short = hashlib.sha256(masks.read_bytes()).hexdigest()[:8]
+    for flag, words in ((fixed, f'Masks: "file=m.safetensors {short},fixed"'),
+                        ("random,0.3,window", 'Masks: "random,ratio=0.3,window"')):
+        assert words in made[flag][1] and "Masks" not in made[""][1]
 
 
 @pytest.mark.parametrize("damage,words", [
