@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flags import parse_arguments, sample_settings
-from command import InputError, run_command
+from command import HelpFormatter, InputError, check_flags, run_command
 from folder import read_config
 from lab import shapes, study
 from lab.study import Arm, Estimate, Results, Row, bootstrap
+from pictures import file_digest
 from reward import ClipReward, ImageEncoder, load_reward
+from settings import write
 from stable_diffusion import StableDiffusion
-from txt2img import peak_memory
+from txt2img import TECHNIQUES, bind_techniques, parse_arguments, peak_memory
 
 BENCH = Path(__file__).with_name("bench.jsonl")
 
@@ -90,15 +91,14 @@ def evaluate(sd: StableDiffusion, prompts: list[str], batch: int = 25, seed: int
     return [shapes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)], pictures
 
 
-def draw(sd: StableDiffusion, prompts: list[str], batch: int, seed: int, settings: Any) -> list[np.ndarray]:
-    """One picture (H, W, 3) of bytes per prompt; picture k has seed + k. settings: as in `sample`."""
+def draw(sd: StableDiffusion, prompts: list[str], batch: int, seed: int, settings: Row) -> list[np.ndarray]:
+    """One picture (H, W, 3) of bytes per prompt; picture k has seed + k. settings: of `sd.sample`."""
     return [picture for start in tqdm(range(0, len(prompts), batch), unit="batch", leave=False)
             for picture in to_bytes(sample(sd, prompts[start:start + batch], seed + start, settings))]
 
 
-def sample(sd: StableDiffusion, prompts: list[str], seed: int | list[int], settings: Any) -> Tensor:
-    """(B, 3, H, W) in [0, 1]. settings: of `sd.sample`, or a function that makes them from the first seed."""
-    settings = settings(seed if isinstance(seed, int) else seed[0]) if callable(settings) else settings
+def sample(sd: StableDiffusion, prompts: list[str], seed: int | list[int], settings: Row) -> Tensor:
+    """(B, 3, H, W) in [0, 1]. settings: of `sd.sample`."""
     return sd.decode(sd.sample(prompts, seed=seed, **settings))
 
 
@@ -112,12 +112,12 @@ def judged(picture: np.ndarray, prompt: str) -> Row:
     return {"strict": bool(shapes.judge(picture, prompt, strict=True)), "loose": bool(shapes.judge(picture, prompt))}
 
 
-def measure(sd: StableDiffusion, prompts: list[str], seed: int, batch: int, settings: Any, path: Path, made_with: Row,
+def measure(sd: StableDiffusion, prompts: list[str], seed: int, batch: int, settings: Row, path: Path, made_with: Row,
             more: Callable[[list[int], Tensor, list[np.ndarray]], list[Row]] | None = None,
             shared: bool = False) -> list[Row]:
     """A row per prompt: number k, seed (seed + k), seconds, scores if the model can be judged, and what `more` adds.
 
-    settings: as in `sample`. more: (numbers, images, pictures in bytes) -> entries for the rows of a batch.
+    settings: of `sd.sample`. more: (numbers, images, pictures in bytes) -> entries for the rows of a batch.
     path, made_with: as in `study.make_rows`. shared: the processes of `torchrun` share the work.
     """
     def make(batch: list[int]) -> list[Row]:
@@ -140,11 +140,10 @@ def measure_arm(sd: StableDiffusion, results: Results, arm: Arm, prompts: list[s
     Drawn if it isn't there; settings are those that all arms have. more: as in `measure`.
     """
     path = results.path.with_name(f"{results.path.name} {arm.name}")
-    made = {"what": arm.text, "seed": seed, "n": len(prompts), **settings}
-    made |= {} if callable(arm.settings) else {"arm": arm.settings}
+    made = {"what": arm.text, "seed": seed, "n": len(prompts), **settings, "arm": arm.settings}
 
     def make() -> Row:
-        rows = measure(sd, prompts, seed, batch, arm.over(settings), path, results.made_with | made, more)
+        rows = measure(sd, prompts, seed, batch, settings | arm.settings, path, results.made_with | made, more)
         return {name: "".join(str(int(row[name])) for row in rows) for name in ("strict", "loose")} | summary(rows)
     entry = results.entry("measure", arm.name, make, **made)
     study.remove_parts(path)
@@ -203,8 +202,9 @@ def drawn_features(tower: ImageEncoder, n: int, height: int, width: int, seed: i
     return np.concatenate(features)
 
 
-def summarize(sd: StableDiffusion, reward: ClipReward | None, rows: list[Row], settings: Row, drawn: int) -> Row:
-    """All numbers of a run, from its rows."""
+def summarize(sd: StableDiffusion, reward: ClipReward | None, rows: list[Row], size: tuple[int, int],
+              drawn: int) -> Row:
+    """All numbers of a run, from its rows. size: height and width of its pictures."""
     result: Row = {"seconds_per_image": round(float(np.mean([row["seconds"] for row in rows])), 4),
                    "peak_memory_gb": round(peak_memory(sd.device), 3)}
     if "loose" in rows[0]:
@@ -216,7 +216,6 @@ def summarize(sd: StableDiffusion, reward: ClipReward | None, rows: list[Row], s
     if "clip" in rows[0]:
         result["clip_score"] = bootstrap([row["clip"] for row in rows], [row["prompt"] for row in rows])["overall"]
     if "loose" in rows[0] and "clip" in rows[0] and drawn and len(rows) > len(rows[0]["features"]):
-        size = settings["height"], settings["width"]
         real = drawn_features(reward.image, drawn, *size, seed=1)
         again = drawn_features(reward.image, len(rows), *size, seed=2)
         own = np.array([row["features"] for row in rows])
@@ -280,33 +279,47 @@ def show(table: dict[str, Estimate], title: str) -> None:
         print(f"  {kind:12s} {x:.3f}  n = {x.n}")
 
 
+def read_flags(args: argparse.Namespace) -> tuple[Row, Row, tuple[int, int]]:
+    """txt2img.py's flags as arguments of `sd.sample`, as text for the result, and the pictures' height and width."""
+    config = read_config(args.model)
+    size = args.height or config.size, args.width or config.size
+    techniques = bind_techniques(args, config, *size)
+    text = {name: write(of, next(kind for kind, made in TECHNIQUES[name][1].items() if type(of) is made), file_digest)
+            for name, of in techniques.items()}
+    size = techniques["freescale"].resolutions[-1] if "freescale" in techniques else size
+    settings = {name: getattr(args, name) for name in ("negative_prompt", "steps", "sampler", "cfg_scale", "eta",
+                                                       "spacing")}
+    settings |= {"height": size[0], "width": size[1]}
+    return settings | techniques, settings | text | {"vae_tile": args.vae_tile}, size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="How often a model draws what was asked, by the exact scorer. Takes "
                                      "all flags of txt2img.py (--model, --steps, --freeu, ...) too.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--bench", type=Path, default=BENCH, help="rows in .jsonl, or a text file of prompts")
-    parser.add_argument("--kinds", help="only these of the rows' kinds, separated by commas")
-    parser.add_argument("--n-per-prompt", type=int, default=1, help="pictures of each row")
-    parser.add_argument("--out", type=Path, default=Path("result.json"), help="all numbers and rows; JSON")
-    parser.add_argument("--sheet", type=Path, help="also draw right and wrong pictures on this PNG")
-    parser.add_argument("--drawn", type=int, default=5000, help="ground truths for the Frechet distance; 0: none")
-    parser.add_argument("--retrieval", type=int, metavar="N", help="instead: how well the model's CLIP finds captions")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results instead: B minus A")
+                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--bench", type=Path, default=BENCH, help="rows in .jsonl, or a text file of prompts")
+    add("--kinds", help="only these of the rows' kinds, separated by commas")
+    add("--n-per-prompt", type=int, default=1, help="pictures of each row")
+    add("--out", type=Path, default=Path("result.json"), help="all numbers and rows; JSON")
+    add("--sheet", type=Path, help="also draw right and wrong pictures on this PNG")
+    add("--drawn", type=int, default=5000, help="ground truths for the Frechet distance; 0: none")
+    add("--retrieval", type=int, metavar="N", help="instead: how well the model's CLIP finds captions")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results instead: B minus A")
     own, rest = parser.parse_known_args()
     if own.compare:
         return show(compare(own.compare), f"{own.compare[1]} minus {own.compare[0]}")
     args = parse_arguments(["the benchmark", *rest])
+    clip = args.model / "clip"
     if own.retrieval:
-        reward = ClipReward.load(args.model / "clip")
+        reward = load_reward(clip)
         for split in ("train", "unseen"):
             show(retrieval(reward, own.retrieval, split), f"the true caption first among 64 hard ones, {split}")
         return None
-    if own.n_per_prompt < 1 or (own.drawn and own.drawn < 100):
-        raise InputError("--n-per-prompt must be 1 or more, and --drawn 0, or 100 or more")
-    if args.init_image:
-        raise InputError("--init-image would start every prompt from one picture; leave it out")
-    if not own.out.parent.is_dir():
-        raise InputError(f"there is no folder {own.out.parent} for --out")
+    check_flags(("--n-per-prompt", own.n_per_prompt >= 1, "1 or more"),
+                ("--drawn", own.drawn == 0 or own.drawn >= 100, "0, or 100 or more"),
+                ("--init-image", args.init_image is None, "left out: every prompt would start from one picture"),
+                ("--out", own.out.parent.is_dir(), f"in a folder, and there is no {own.out.parent}"))
     rows = read_rows(own.bench)
     if own.kinds:
         wanted = own.kinds.split(",")
@@ -314,19 +327,19 @@ def main() -> None:
             raise InputError(f"--kinds: {own.bench} has no rows of kind {', '.join(sorted(unknown))}")
         rows = [row for row in rows if row["kind"] in wanted]
     rows = [row for row in rows for _ in range(own.n_per_prompt)]
+    settings, text, size = read_flags(args)
+    made_with = {"model": study.digest(args.model), "dtype": str(args.dtype), "PyTorch": torch.__version__,
+                 "lab": study.VERSION, "bench": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
+                 "seed": args.seed, "settings": text}
 
-    config, clip = read_config(args.model), args.model / "clip"
-    settings = sample_settings(args, config)
-    if config.family != "tiny":
+    sd = StableDiffusion.load(args.model, args.device, args.dtype, args.low_memory, args.compile)
+    sd.tile = args.vae_tile
+    if sd.config.family != "tiny":
         print(f"note: {args.model} wasn't trained on the drawn world: no verdicts, no Frechet distance, only time and "
               "memory")
     elif not clip.exists():
         print(f"note: there is no {clip}, a CLIP of the drawn world: no CLIP score and no Frechet distance")
-    made_with = {"model": study.digest(args.model), "dtype": str(args.dtype), "PyTorch": torch.__version__,
-                 "lab": study.VERSION, "bench": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-                 "seed": args.seed, "settings": study.to_json(settings)}
-    sd = StableDiffusion.load(args.model, args.device, args.dtype)
-    reward = ClipReward.load(clip, args.device, args.dtype) if clip.exists() else None
+    reward = load_reward(clip, args.device, args.dtype) if clip.exists() else None
     prompts = [row["prompt"] for row in rows]
 
     def clip_facts(batch: list[int], images: Tensor, _: list[np.ndarray]) -> list[Row]:
@@ -334,12 +347,16 @@ def main() -> None:
         cosines = torch.cosine_similarity(features, reward.embed_text([prompts[k] for k in batch]))
         return [{"clip": round(cosine, 5), "features": [round(f, 5) for f in row]}
                 for cosine, row in zip(cosines.tolist(), features.tolist())]
-    found = measure(sd, prompts, args.seed, args.batch_size if "--batch-size" in rest else 50, settings, own.out,
-                    made_with, None if reward is None else clip_facts, shared=True)
+    try:
+        settings = {name: of.bind(sd) if hasattr(of, "bind") else of for name, of in settings.items()}
+        found = measure(sd, prompts, args.seed, args.batch_size if "--batch-size" in rest else 50, settings, own.out,
+                        made_with, None if reward is None else clip_facts, shared=True)
+    except ValueError as error:                                        # techniques that don't go together
+        raise InputError(str(error)) from None
     if not found:
         return print("the other processes are still at work; the last one writes the result")
     rows = [row | more for row, more in zip(rows, found)]
-    result = summarize(sd, reward, rows, settings, own.drawn)
+    result = summarize(sd, reward, rows, size, own.drawn)
     for row in rows:
         row.pop("features", None)
     study.write_text(own.out, json.dumps(study.to_json(made_with | result | {"rows": rows})) + "\n")

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from command import InputError, run_command
 from freescale import FreeScale
-from highres_baselines import demo_fusion, hidiffusion, scale_crafter
+from highres import DemoFusion, HiDiffusion, ScaleCrafter
 from lab import shapes, study
 from lab.evaluate import compare_arms, draw, make_scenes, measure_arm, sample
 from lab.study import Arm, Results, Row, markdown
 from memory import measure
-from stable_diffusion import StableDiffusion
 
 FREESCALE = {                                                          # what differs from the settings' defaults
     "FreeScale": {},
@@ -38,26 +36,18 @@ FREESCALE = {                                                          # what di
 }
 
 
-def arms(sd: StableDiffusion, factor: int, guided: bool = True) -> dict[str, Arm]:
-    """What is compared at `factor` times the training size. guided: cfg_scale isn't 1."""
-    size, native = sd.config.size, sd.config.size // sd.config.vae.factor
-    sizes = tuple((size * 2 ** k, size * 2 ** k) for k in range(factor.bit_length()))
-    large, free = dict(height=size * factor, width=size * factor), FreeScale(sizes)
-    stages = FreeScale(sizes, upsample="latent", restart=0.0, detail=3.0, attention="global", dilate=0.0)
-
-    def random(make: Any, **settings: Any) -> Any:
-        """Settings with a function in the U-Net's place that draws from a generator of the batch's first seed."""
-        return lambda seed: dict(settings, model=make(sd.unet, native, torch.Generator().manual_seed(seed)))
-    table = [Arm("training size", "the native size", {}, "FreeScale"),
-             Arm("direct", "the large size without any technique", large, "FreeScale"),
-             Arm("ScaleCrafter", "dilated convolutions", lambda seed: dict(
-                 large, model=scale_crafter(sd.unet, native, guided)), "FreeScale"),
-             Arm("HiDiffusion", "downsampled in the outer levels, windows in self-attention",
-                 random(hidiffusion, **large), "FreeScale"),
-             Arm("DemoFusion", "patches, in stages", random(demo_fusion, freescale=stages), "FreeScale")]
-    table += [Arm(name, f"FreeScale, {changes or 'its defaults'}", dict(freescale=replace(free, **changes)),
-                  "FreeScale") for name, changes in FREESCALE.items()]
-    return {arm.name: arm for arm in table}
+def arms(size: int, factor: int) -> dict[str, Arm]:
+    """What is compared at `factor` times the size of the training pictures."""
+    large, free = dict(height=size * factor, width=size * factor), FreeScale(factor)
+    table = {"training size": ("the native size", {}),
+             "direct": ("the large size without any technique", large),
+             "ScaleCrafter": ("dilated convolutions", large | {"highres": ScaleCrafter()}),
+             "HiDiffusion": ("smaller maps in deep layers, windows in self-attention",
+                             large | {"highres": HiDiffusion()}),
+             "DemoFusion": ("windows and interleaved parts, in stages", large | {"highres": DemoFusion()})}
+    table |= {name: (f"FreeScale, {changes or 'its defaults'}", {"freescale": replace(free, **changes)})
+              for name, changes in FREESCALE.items()}
+    return {name: Arm(name, *what, base="FreeScale") for name, what in table.items()}
 
 
 def power(picture: np.ndarray, bins: int = 16) -> np.ndarray:
@@ -101,7 +91,7 @@ def main() -> None:
         raise InputError(f"--kind is one of {', '.join(shapes.KINDS)}")
     study.check(args, "lab.freescale_study", (args.steps,), n=1, batch_size=1, columns=1, seed=0)
     sd, made_with = study.load(args)
-    known = arms(sd, args.factor, args.cfg_scale != 1)
+    known = arms(sd.config.size, args.factor)
     table = [known[name] for name in study.choose(known, args.arms)]
     settings = dict(steps=args.steps, sampler=args.sampler, cfg_scale=args.cfg_scale)
     prompts, scenes = make_scenes(args.kind, args.n, 40_000 + args.seed)
@@ -116,12 +106,12 @@ def main() -> None:
             size = sd.config.size if arm.name == "training size" else side
             real = log_spectrum([power(shapes.draw(scene, size, size)) for scene in scenes])
             once = dict(settings, steps=2, sampler="ddim")             # memory is the same at every step
-            cost = measure(lambda: sample(sd, prompts[:1], 0, arm.over(once)), sd.unet, sd.vae,
+            cost = measure(lambda: sample(sd, prompts[:1], 0, once | arm.settings), sd.unet, sd.vae,
                            *sd.text_encoders)
             return summary(rows, real) | {"seconds": float(np.mean([row["seconds"] for row in rows])),
                                           "peak GB": cost.peak / 1e9}
         measure_arm(sd, results, arm, prompts, args.seed, args.batch_size, settings, more, totals)
-        pictures.append((arm.name, draw(sd, prompts[:shown], args.batch_size, args.seed, arm.over(settings))))
+        pictures.append((arm.name, draw(sd, prompts[:shown], args.batch_size, args.seed, settings | arm.settings)))
     found = compare_arms(results, known.values(), prompts, table[0].name, "strict")
     rows = [["arm", "right", "over FreeScale", *study.LEAD[1:], "too many", "too few", "spectra", "seconds", "GB"]]
     for arm in table:

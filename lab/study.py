@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from command import InputError, replacing
+from command import HelpFormatter, InputError, check_device, check_flags, replacing
 from folder import TINY, read_config
 from sampler import SAMPLERS, plan
 from stable_diffusion import StableDiffusion
@@ -36,18 +36,13 @@ Row = dict[str, Any]
 class Arm:
     """One of the things that a study compares. text: a sentence that says what it is. base: what it is compared with.
 
-    settings: arguments of `StableDiffusion.sample`, or a function that makes them from the first seed of a batch.
+    settings: arguments of `StableDiffusion.sample`, on top of those that all arms have; or what its study reads there.
     """
     name: str
     text: str
     settings: Any
     base: str = "base"
     group: str = ""                # its line in a figure
-
-    def over(self, settings: Row) -> Any:
-        """The arm's settings, on top of those that all arms have."""
-        own = self.settings
-        return (lambda seed: {**settings, **own(seed)}) if callable(own) else {**settings, **own}
 
 
 def to_json(value: Any) -> Any:
@@ -258,39 +253,43 @@ def sheet(rows: Iterable[tuple[str, Sequence[Any]]], path: Path, columns: Sequen
 
     columns: a text above each column. captions, frames: a text below and a colour around each picture, row by row.
     """
-    rows, cell, draw = list(rows), side + 8, ImageDraw.Draw(Image.new("RGB", (1, 1)))
-
-    def block(texts: Iterable[str], width: int) -> tuple[list[str], int, int]:
-        """The texts in lines of that many pixels; the widest one's width and the tallest one's height, 0 without any"""
-        texts = ["\n".join(textwrap.fill(line, width // 6) for line in text.splitlines()) for text in texts]
-        boxes = [draw.multiline_textbbox((0, 0), text)[2:] for text in texts if text] or [(-8, -8)]
-        return texts, *(round(max(of)) + 8 for of in zip(*boxes))
-    labels, left, _ = block((label for label, _ in rows), 132)
-    width = left + cell * max(len(pictures) for _, pictures in rows)
-    (title,), _, head = block([title], width)
-    columns, _, top = block(columns, cell)
-    captions, _, under = block(captions, cell)
-    image = Image.new("RGB", (width, head + top + len(rows) * (cell + under)), "white")
-    draw, k = ImageDraw.Draw(image), 0
-    draw.text((4, 2), title, fill="black")
-    for x, text in enumerate(columns):
-        draw.text((left + x * cell + 4, head + 2), text, fill="black")
-    for row, (label, (_, pictures)) in enumerate(zip(labels, rows)):
-        y = head + top + row * (cell + under)
-        draw.text((4, y + cell // 2 - 8), label, fill="black")
-        for x, picture in enumerate(pictures):
-            if isinstance(picture, Tensor):
-                picture = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            x, scale = left + x * cell, side / max(picture.shape[:2])
-            w, h = (round(scale * of) for of in picture.shape[1::-1])
-            if frames:
-                image.paste(frames[k], (x + 1, y + 1, x + w + 7, y + h + 7))
-            image.paste(Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST if scale >= 1 else
-                                                        Image.Resampling.LANCZOS), (x + 4, y + 4))
-            draw.text((x + 4, y + cell), captions[k] if captions else "", fill="black")
-            k += 1
+    cell, captions, frames = side + 8, iter(captions), iter(frames)
+    table = [[text_image(of, cell) for of in ("", *columns)]]
+    for label, pictures in rows:
+        table.append([text_image(label), *(framed(of, side, next(frames, "white")) for of in pictures)])
+        table.append([text_image(""), *(text_image(next(captions, ""), cell) for _ in pictures)])
+    left, heights = max(row[0].width for row in table), [max(image.height for image in row) for row in table]
+    width = left + cell * (max(map(len, table)) - 1)
+    head = text_image(title, width)
+    page, y = Image.new("RGB", (width, head.height + sum(heights)), "white"), head.height
+    page.paste(head)
+    for row, height in zip(table, heights):
+        for k, image in enumerate(row):
+            page.paste(image, (left + cell * (k - 1) if k else 0, y))
+        y += height
     with replacing(path) as part:
-        image.save(part, format="PNG")
+        page.save(part, format="PNG")
+
+
+def text_image(text: str, width: int = 132) -> Image.Image:
+    """The text in lines of about so many pixels; without any, a picture of no size."""
+    if not text:
+        return Image.new("RGB", (0, 0))
+    lines = "\n".join(textwrap.fill(line, width // 6) for line in text.splitlines())
+    *_, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((4, 2), lines)
+    image = Image.new("RGB", (math.ceil(right) + 4, math.ceil(bottom) + 6), "white")
+    ImageDraw.Draw(image).text((4, 2), lines, fill="black")
+    return image
+
+
+def framed(picture: Any, side: int, color: str) -> Image.Image:
+    """A picture whose longer side is scaled to so many pixels, in a frame of this colour."""
+    if isinstance(picture, Tensor):
+        picture = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    scale = side / max(picture.shape[:2])
+    resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    image = Image.fromarray(picture).resize([round(scale * of) for of in picture.shape[1::-1]], resample)
+    return ImageOps.expand(ImageOps.expand(image, 3, color), 1, "white")
 
 
 def pyplot() -> Any:
@@ -349,28 +348,27 @@ FLAGS = {"model": (Path, TINY, "model folder"), "out": (Path, None, "folder for 
 
 def flags(description: str, names: str, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with these shared flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     for name in names.split():
         kind, default, text = FLAGS[name]
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults.get(name, default), help=text)
     return parser
 
 
-def check(args: argparse.Namespace, judged: str, runs: tuple[int, ...], **least: int) -> str:
+def check(args: argparse.Namespace, judged: str, runs: Iterable[int], **least: int) -> str:
     """Refuses bad flags before the model is read; returns its family.
 
-    judged: the flags that need the drawn world's model, "" if none does. runs: steps that the sampler must
+    judged: the flags that need the drawn world's model, "" if none does. runs: numbers of steps that the sampler must
     be able to take. least: the smallest legal value by flag.
     """
+    check_flags(*((f"--{name.replace('_', '-')}", getattr(args, name) >= smallest, f"{smallest} or more")
+                  for name, smallest in least.items()))
+    check_device(args.device)
     try:
         for steps in runs:
             plan(args.sampler, steps)
-        torch.empty(0, device=args.device)
-    except (ValueError, RuntimeError, AssertionError) as error:        # the last two: no such device
-        raise InputError(str(error).splitlines()[0]) from None
-    for name, smallest in least.items():
-        if getattr(args, name) < smallest:
-            raise InputError(f"--{name.replace('_', '-')} must be {smallest} or more")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     family = read_config(args.model).family
     if judged and family != "tiny":
         raise InputError(f"{judged}: only pictures of the drawn world can be judged, and {args.model} ({family}) "

@@ -1,32 +1,16 @@
 """lab/freescale_study.py: what it counts, and that every arm runs, is kept and is not made twice."""
 import json
-import sys
 
 import numpy as np
 import pytest
-import torch
+from conftest import randn
 from PIL import Image
 
-from command import run_command
 from folder import TINY
 from lab import freescale_study, shapes
 from lab.evaluate import judged, make_scenes
-from lab.freescale_study import arms, facts, log_spectrum, power, summary
-from txt2img import StableDiffusion
-
-
-@pytest.fixture()
-def command(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["freescale_study", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(freescale_study.main)
-        except SystemExit as stop:
-            code = stop.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-    return run
+from lab.freescale_study import arms, facts, log_spectrum, main, power, summary
+from stable_diffusion import StableDiffusion
 
 
 def test_drawings_of_the_scenes_are_right_at_any_size_and_a_repeated_object_is_not():
@@ -43,27 +27,30 @@ def test_drawings_of_the_scenes_are_right_at_any_size_and_a_repeated_object_is_n
 
 
 def test_the_spectrum_of_white_noise_is_flat():
-    noise = (torch.randn(40, 64, 64, 3, generator=torch.Generator().manual_seed(0)) * 20 + 128).clamp(0, 255)
+    noise = (randn(40, 64, 64, 3) * 20 + 128).clamp(0, 255)
     spectrum = log_spectrum(list(map(power, noise.byte().numpy())))
     assert spectrum.max() - spectrum.min() < 0.2
 
 
-def test_every_arm_differs_from_the_others_in_what_it_asks_for():
-    sd = StableDiffusion.load(TINY)
-    for factor, stages in ((2, 2), (4, 3)):
-        table = arms(sd, factor)
-        arms(sd, factor, guided=False)["ScaleCrafter"].over({})(0)["model"](
-            torch.zeros(1, 4, *2 * [16 * factor]), torch.tensor(999.0), torch.zeros(1, 24, 128))
-        assert len(table) == 14 and table["direct"].settings == dict(height=64 * factor, width=64 * factor)
+def test_every_arm_makes_pictures_of_the_wanted_size_and_no_two_are_alike():
+    sd, pictures = StableDiffusion.load(TINY), {}
+    for factor in (2, 4):
+        table = arms(64, factor)
+        assert len(table) == 14 and all(arm.base == "FreeScale" for arm in table.values())
+        for name, arm in table.items() if factor == 2 else []:
+            image = sd.decode(sd.sample("a red circle", steps=3, **arm.settings))
+            side = 64 if name == "training size" else 128
+            assert image.shape == (1, 3, side, side)
+            pictures[image.numpy().tobytes()] = name
         for name, changes in freescale_study.FREESCALE.items():
             free = table[name].settings["freescale"]
-            assert len(free.resolutions) == stages and free.resolutions[-1] == (64 * factor,) * 2
-            assert all(getattr(free, field) == value for field, value in changes.items())
+            assert free.resolutions == factor and all(getattr(free, field) == of for field, of in changes.items())
+    assert len(pictures) == 14
 
 
 def test_arms_are_judged_kept_and_shown(tmp_path, command):
     arguments = ("--out", tmp_path, "--n", 2, "--steps", 2, "--arms", "direct,FreeScale", "--columns", 2)
-    code, out, _ = command(*arguments)
+    code, out, _ = command(main, *arguments)
     assert code == 0 and "FreeScale" in out
     results = json.loads((tmp_path / "freescale_2x.json").read_text())
     measured = results["measure"]
@@ -73,12 +60,12 @@ def test_arms_are_judged_kept_and_shown(tmp_path, command):
     assert Image.open(tmp_path / "freescale_2x.png").height == 3 * 136
     measured["direct"]["too many"] = 0.123                                 # shown as it is kept, so not made again
     (tmp_path / "freescale_2x.json").write_text(json.dumps(results))
-    assert "0.123" in command(*arguments, "--arms", "direct")[1]
+    assert "0.123" in command(main, *arguments, "--arms", "direct")[1]
 
 
 @pytest.mark.parametrize("flags,words", [(["--arms", "FreeU"], "there is no arm 'FreeU'"),
                                          (["--n", 0], "--n must be 1"),
                                          (["--kind", "cats"], "--kind is one of"), (["--steps", 0], "steps must be")])
 def test_bad_input_ends_in_one_line(flags, words, tmp_path, command):
-    code, _, err = command("--out", tmp_path, *flags)
+    code, _, err = command(main, "--out", tmp_path, *flags)
     assert code == 2 and words in err and err.count("\n") == 1
