@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TOGETHER = 64 * 64     # latent pixels decoded at once, so that a batch needs no more memory than one of 512x512 pixels
-WHOLE = 128 * 128      # latent pixels decoded in one piece by default (SDXL's 1024x1024); above, in tiles
+TOGETHER = 64 * 64     # latent pixels decoded in one batch: those of one 512x512 image, to bound the memory
+WHOLE = 128 * 128      # larger latents are decoded in tiles by default (this many pixels: SDXL's 1024x1024)
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """What differs between autoencoders. The defaults are those of Stable Diffusion 1.x and 2.x."""
-    channels: tuple[int, ...] = (128, 256, 512, 512)   # one entry a level; each level but the last halves the image
+    channels: tuple[int, ...] = (128, 256, 512, 512)   # one entry per level; each level but the last halves the image
     layers: int = 2                                    # ResBlocks per encoder level (the decoder has one more)
     latent_channels: int = 4
-    groups: int = 32                                   # of every GroupNorm
-    scaling: float = 0.18215                           # the U-Net sees latents times this: about unit variance
-    force_upcast: bool = False                         # SDXL: activations overflow float16, so weights must be wider
+    groups: int = 32                                   # number of groups in each GroupNorm
+    scaling: float = 0.18215                           # VAE latents times this are the U-Net's: about unit variance
+    force_upcast: bool = False                         # SDXL: activations overflow float16; use float32 or bfloat16
 
     @property
     def factor(self) -> int:
@@ -33,13 +33,13 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-Known = dict[nn.Module, tuple[Tensor, Tensor]]     # each norm's mean and variance by group, (B, groups) each
+Known = dict[nn.Module, tuple[Tensor, Tensor]]     # mean and variance of each GroupNorm's groups, (B, groups) each
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm whose statistics can be another picture's. (B, C, H, W) -> (B, C, H, W)
+    """GroupNorm that can use the statistics of another picture. (B, C, H, W) -> (B, C, H, W)
 
-    known: what it finds in its first call it notes there, and later calls normalise by that; None: by x itself.
+    known: a dict of statistics, filled by the first call and used by later ones; None: x is normalised by its own.
     """
 
     def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
@@ -111,7 +111,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """A bag of layers at one resolution; `Encoder` and `Decoder` call them."""
+    """Container for the layers at one resolution; `Encoder` and `Decoder` call them."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool = False, up: bool = False):
         super().__init__()
@@ -198,7 +198,7 @@ class VAE(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, latent channels, h, w), unscaled.
 
         H and W are multiples of `config.factor`. tile: side of a tile in latent pixels (at least 8), or None to
-        encode the image in one piece; with tiles, as in `decode`, memory beyond the result doesn't grow with the image.
+        encode the image in one piece. Tiles bound the memory, as in `decode`.
         """
         factor, c, x = self.config.factor, self.config.latent_channels, x.to(self.quant_conv.weight.dtype)
         if x.shape[-2] % factor or x.shape[-1] % factor:
@@ -217,11 +217,11 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """Unscaled latents (B, latent channels, h, w) -> images (B, 3, H, W), nominally in [-1, 1].
 
-        tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles overlap by a
-        quarter and are blended linearly; memory beyond the result doesn't grow with the image. All tiles are normalised
-        by the statistics of one thumbnail of the image (GroupNorm by each tile's own would show as tiles of different
-        contrast), but attend to themselves only, so the result differs slightly from the image in one piece. Where
-        gradients go back to z, every tile is computed twice, to keep one tile's activations at a time.
+        tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles overlap by a quarter
+        and are blended linearly; apart from the result, memory doesn't grow with the image. GroupNorm uses the
+        statistics of a thumbnail of the whole image: with a tile's own, tiles would differ in contrast. Self-attention
+        sees one tile only, so the result differs slightly from decoding in one piece. If gradients flow back to z,
+        every tile is computed twice, so that only one tile's activations are in memory.
         """
         z, known = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)), {}
         size, factor = z.shape[-2:], self.config.factor
@@ -239,17 +239,17 @@ class VAE(nn.Module):
 
 
 def tile_side(tile: int | None, latents: Tensor) -> int | None:
-    """The VAE's `tile` argument: as asked (0: none), or by the latents' size."""
+    """The VAE's `tile` argument: `tile` if given (0 means no tiles), otherwise chosen by the size of the latents."""
     return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
 
 
 def together(latents: Tensor) -> tuple[Tensor, ...]:
-    """A batch of latents in parts to decode at once: many small ones, large ones alone."""
+    """Split a batch of latents into smaller batches for the decoder: several small latents each, or one large one."""
     return latents.split(max(TOGETHER // (latents.shape[-2] * latents.shape[-1]), 1))
 
 
 def thumbnail(x: Tensor, size: tuple[int, int], tile: int, scale: int) -> Tensor:
-    """x, of size (h, w) times scale, as small as a tile: every so many-th pixel, which keeps mean and variance."""
+    """Shrink x, of size (h, w) times scale, to a tile's size. Picking nearest pixels keeps its mean and variance."""
     if tile < 8:
         raise ValueError(f"a tile of {tile} latent pixels is too small: use 8 or more (64 is usual)")
     small = [max(round(side * tile / max(size)), 1) * scale for side in size]
@@ -259,8 +259,8 @@ def thumbnail(x: Tensor, size: tuple[int, int], tile: int, scale: int) -> Tensor
 def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tensor]]:
     """Cover 0..size with tiles: (start, end, blending weight of each of the tile's `scale * (end - start)` pixels).
 
-    Neighbours overlap by at least a quarter of a tile. A weight falls linearly towards its tile's ends, over a quarter
-    of the tile, and is divided by the sum of all tiles' weights there: together they are 1 everywhere.
+    Neighbours overlap by at least a quarter of a tile. A tile's weights fall linearly in its first and last quarter.
+    Then each weight is divided by the sum of all tiles' weights at its pixel, so that they add up to 1 everywhere.
     """
     tile = min(tile, size)
     count = 1 + -(-(size - tile) // (tile - tile // 4))
@@ -275,7 +275,7 @@ def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tenso
 
 def blend_tiles(out: Tensor, size: tuple[int, int], tile: int, scale: int,
                 compute: Callable[[int, int, int, int], Tensor]) -> Tensor:
-    """Fill `out` with the weighted sum of tiles; compute(top, bottom, left, right) in latent pixels makes one."""
+    """Fill `out` with the weighted sum of tiles. compute(top, bottom, left, right), in latent pixels, makes a tile."""
     out.zero_()
     for top, bottom, wy in tile_weights(size[0], tile, scale):
         for left, right, wx in tile_weights(size[1], tile, scale):
