@@ -1,7 +1,7 @@
 """The text side of Stable Diffusion: prompts to token ids (`Tokenizer`), ids to embeddings (`TextEncoder`).
 
 Start at `TextEncoder.forward`. Three published towers fit it: CLIP ViT-L (SD 1.x, SDXL's first), OpenCLIP ViT-H (SD
-2.x) and OpenCLIP bigG (SDXL's second); they differ by the numbers in `TextConfig` only.
+2.x) and OpenCLIP bigG (SDXL's second); they differ only in `TextConfig`.
 Shapes: B prompts, L tokens (77), D width, P width of the pooled vector.
 Source: "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, section 2.4.
 Checked against transformers 5.23 (CLIPTextModel, CLIPTextModelWithProjection). Parameter names are the published ones.
@@ -25,15 +25,15 @@ class TextConfig:
     heads: int = 12
     hidden: int = 3072                # width inside the MLPs
     activation: str = "quick_gelu"    # "quick_gelu" (OpenAI) or "gelu" (OpenCLIP)
-    output: str = "final"             # "final": last layer and final norm; "penultimate": last but one, no norm (SDXL)
+    output: str = "final"             # "final": after the last layer and norm; "penultimate": before that layer (SDXL)
     projection: int | None = None     # P: width of the projected pooled vector; None: no pooled vector
-    pad: int = 49407                  # token id behind the end token: the end token itself (OpenAI) or 0 (OpenCLIP)
+    pad: int = 49407                  # id that pads after the end token: the end token's own (OpenAI) or 0 (OpenCLIP)
 
 
 CONFIGS = {
     "vit-l": TextConfig(),
     "vit-l-penultimate": TextConfig(output="penultimate"),
-    # SD 2.x stops before the last of ViT-H's 24 layers, and its checkpoints don't store that one
+    # SD 2.x doesn't use the last of ViT-H's 24 layers, and its Hugging Face folders don't store it
     "vit-h": TextConfig(width=1024, layers=23, heads=16, hidden=4096, activation="gelu", pad=0),
     "bigg": TextConfig(width=1280, layers=32, heads=20, hidden=5120, activation="gelu", output="penultimate",
                        projection=1280, pad=0),
@@ -44,7 +44,7 @@ CONFIGS = {
 class Tokenizer:
     """Prompts to ids: start token, the prompt's tokens, end token, padding.
 
-    The end token must be the largest id: CLIP reads the pooled vector where the largest id stands.
+    The end token must have the largest id: CLIP takes the pooled vector at the position of the largest id.
     """
 
     def __init__(self, path: str | Path):
@@ -56,7 +56,7 @@ class Tokenizer:
             raise ValueError(f"{path} has no <|startoftext|> and <|endoftext|> tokens: it isn't a CLIP tokenizer")
 
     def __call__(self, prompts: list[str], length: int, pad: int) -> tuple[Tensor, list[str]]:
-        """Ids (B, length), and for each prompt the text that was lost: cut off at the end, or not in the vocabulary."""
+        """Ids (B, length), and each prompt's words that the model doesn't see: cut off, or not in the vocabulary."""
         rows, lost = [], []
         for prompt in prompts:
             encoding = self.model.encode(prompt, add_special_tokens=False)
@@ -71,7 +71,7 @@ class Tokenizer:
 
 
 class Attention(nn.Module):
-    """Self-attention; causal: a token sees itself and those before it, as in texts. (B, L, D) -> (B, L, D)"""
+    """Self-attention. causal (for texts): tokens attend to themselves and earlier ones. (B, L, D) -> (B, L, D)"""
 
     def __init__(self, config: TextConfig, causal: bool):
         super().__init__()
@@ -132,7 +132,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A bag of layers; `TextEncoder.forward` calls them (and `ImageEncoder.forward` of `reward.py` its own)."""
+    """Container for the layers; `TextEncoder.forward` calls them (in `reward.py`, `ImageEncoder.forward` does)."""
 
     def __init__(self, config: TextConfig, causal: bool = True):
         super().__init__()
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
 
 
 class TextModel(nn.Module):
-    """A bag of layers that exists for the checkpoints' names, all of which begin with "text_model."."""
+    """Container that gives its parameters their published names, which begin with "text_model."."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -162,10 +162,10 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         x = before = self.text_model.embeddings(ids)
         for layer in self.text_model.encoder.layers:
-            x, before = layer(x), x                              # before: what entered the last layer
+            x, before = layer(x), x                              # before: the input of the last layer
         final = self.text_model.final_layer_norm(x)
         pooled = None
         if self.config.projection is not None:
-            end = ids.argmax(dim=-1)                             # the end token: the first of the largest ids
+            end = ids.argmax(dim=-1)                             # position of the end token: the first largest id
             pooled = self.text_projection(final[torch.arange(len(ids), device=ids.device), end])
         return (before if self.config.output == "penultimate" else final), pooled
