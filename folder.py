@@ -3,8 +3,8 @@
 config.json                 family, prediction, schedule, native size, and the config of every component
 unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
 
-Start at `read_config` and `load_weights`. Reading is strict: what is absent, unknown or of another shape is an
-InputError. The folder of a reward (`reward.py`) is read by the same functions.
+Start at `read_config` and `load_weights`. Reading is strict: anything missing, unknown or of a wrong shape raises
+InputError. The same functions read the folder of a reward model (`reward.py`).
 """
 import json
 from collections.abc import Callable
@@ -39,11 +39,11 @@ class ModelConfig:
     vae: VAEConfig
     text_encoder: TextConfig
     text_encoder_2: TextConfig | None = None     # SDXL only
-    zero_negative: bool = False                  # SDXL: no negative prompt (None) means zeros, not the text ""
+    zero_negative: bool = False                  # SDXL: without a negative prompt (None), use zeros instead of ""
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json of a model folder. InputError where it is absent, of another kind, or has wrong entries."""
+    """Read config.json of a model folder. InputError if it is missing, of another kind or has wrong entries."""
     path = folder / "config.json"
     convert = f"convert it first: python convert_weights.py {folder} OUT_DIR"
     if folder.is_file():
@@ -77,7 +77,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def from_json(kind: type, data: Any, where: str) -> Any:
-    """A config dataclass from its JSON object; unknown and missing entries are errors, and those of another type."""
+    """A config dataclass from its JSON object. InputError for unknown or missing entries and for wrong types."""
     names, types = [field.name for field in fields(kind)], {field.name: field.type for field in fields(kind)}
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object; convert the model again")
@@ -95,7 +95,7 @@ def from_json(kind: type, data: Any, where: str) -> Any:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a config field's type, such as int, float (whole ones too), tuple[int, ...], str | None."""
+    """Does a value have a config field's type: int, float (ints count too), tuple[int, ...], str | None or the like?"""
     if get_origin(kind) is UnionType:
         return any(is_of(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
@@ -112,7 +112,7 @@ def write_config(folder: Path, config: Any) -> None:
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
-    """InputError for a side that is not a positive multiple of 8, naming the nearest that are, or beyond reason."""
+    """InputError for a side above 65536, or not a positive multiple of 8; the message names the nearest multiples."""
     for name, side in (("height", height), ("width", width)):
         if side > 65536:
             raise InputError(f"{name} {side} is beyond all memory; the largest is 65536")
@@ -123,9 +123,9 @@ def check_size(height: int, width: int) -> tuple[int, int]:
 
 
 class NoStart(TorchFunctionMode):
-    """Within it, modules are made without random numbers, which `load_weights` would replace anyway.
+    """Inside the block, modules skip their random initialisation: `load_weights` replaces the weights anyway.
 
-    It is quicker, and an embedding's numbers, drawn on the meta device, would import torch.compile for a second.
+    This is faster. Initialising an embedding on the meta device would even import torch.compile, which takes a second.
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -135,20 +135,20 @@ class NoStart(TorchFunctionMode):
 
 
 def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    """A module on the meta device: shapes only, the weights come from `load_weights`."""
+    """A module on the meta device: it has only shapes, until `load_weights` gives it weights."""
     try:
         with torch.device("meta"), NoStart():
             return kind(config)
     except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"config.json describes no {kind.__name__} that can be built ({error}); "
+        raise InputError(f"no {kind.__name__} can be built from config.json ({error}); "
                          "convert the model again") from None
 
 
 def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """Give a module made on the meta device the tensors of a safetensors file: every name and shape must match.
 
-    Tensors come one by one from the mapped file, so that never two copies of the weights are in memory. Convolutions
-    in half precision get PyTorch's channels_last layout, which is faster there (float32: not).
+    Tensors are read one by one from the mapped file, so memory never holds two copies of the weights. Except in
+    float32, convolutions get PyTorch's channels_last layout, which is faster there.
     """
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
     state = {}
