@@ -1,65 +1,61 @@
 """cache.py: against outputs of the official codes, partial passes against full ones, schedules, counts, no leaks."""
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, NARROW, UNETS, XL, make, randn, seeded
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmarks.cache as benchmark
-from cache import DeepCache, FasterDiffusion, Inherit, TextGate, TGate, nonuniform_keys, notes
-from freeu import FreeU, skip_tuning
-from memory import run_macs, unit_macs
-from sampler import SAMPLERS, ddim, generate, plan, x0_and_eps
-from unet import CONFIGS, UNet, UNetConfig
+from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate, key_steps, nonuniform_keys, notes
+from freeu import FreeU, SkipTuning
+from memory import run_macs, shape_run, unit_macs
+from sampler import SAMPLERS, Condition, ddim, generate, plan, x0_and_eps
+from unet import CONFIGS, OFF, Techniques, UNet, UNetConfig
 
-NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
-XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
-                add_dim=6, groups=4)
 ALL_BRANCHES = [(config, b) for config in (NARROW, XL) for b in range(3 * len(config.channels))]
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make(config: UNetConfig) -> UNet:
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        return UNet(config).requires_grad_(False)
-
-
-UNETS = {config: make(config) for config in (NARROW, XL)}
-EXACT = make(NARROW).double()                            # in which rounding hides nothing
+BOTH = pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+EXACT = make(UNet, NARROW).double()                      # in which rounding hides nothing
 with torch.device("meta"):                               # the real ones: shapes without weights
     META = {family: UNet(CONFIGS[family]) for family in ("sd15", "sdxl")}
 
 
-def given(batch: int = 2) -> list[torch.Tensor]:
+def given(batch: int = 2, config: UNetConfig = NARROW, exact: bool = False) -> tuple[Tensor, Condition, Condition]:
     """Noise, texts and negative texts of so many images."""
-    return [randn(3, *shape, seed=k)[:batch] for k, shape in enumerate(((4, 8, 8), (5, 8), (5, 8)))]
+    noise, text, other = (randn(3, *shape, seed=k)[:batch] for k, shape in enumerate(((4, 8, 8), (5, 8), (5, 8))))
+    added = randn(3, config.add_dim, seed=3)[:batch] if config.add_dim else None
+    if exact:
+        noise, text, other = noise.double(), text.double(), other.double()
+    return noise, Condition(text, added), Condition(other, added)
 
 
 def run(cache=None, batch: int = 2, guided: bool = True, config: UNetConfig = NARROW, exact: bool = False,
-        **settings) -> list[torch.Tensor]:
-    noise, context, other = (x.double() if exact else x for x in given(batch))
-    added = randn(3, config.add_dim, seed=3)[:batch] if config.add_dim else None
-    generators = [torch.Generator().manual_seed(k) for k in range(batch)]
-    unet = EXACT if exact else UNETS[config]
-    return [x for _, x in generate(unet, noise, context, other if guided else None, added=added, cache=cache,
-                                   negative_added=added, generators=generators, **{"steps": 10, **settings})]
+        steps: int = 10, sampler: str = "ddim", eta: float = 0.0, **settings) -> list[Tensor]:
+    noise, text, other = given(batch, config, exact)
+    return [x for _, x in generate(EXACT if exact else UNETS[config], noise, text, other if guided else None,
+                                   plan(sampler, steps, eta=eta), generators=seeded(*range(batch)), cache=cache,
+                                   **settings)]
 
 
-def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+def start(cache, steps: int = 2, unet: UNet = UNETS[NARROW], first: int = 0) -> Features:
+    """The state of a cache in a run of one branch."""
+    return shape_run(unet, 8, 8, steps, first, guided=False, cache=cache).acting["cache"]
+
+
+def at(features: Features, i: int) -> Techniques:
+    return Techniques(cache=features.at((i,), (0,)))
+
+
+def rms(a: Tensor, b: Tensor) -> float:
     return ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
 
 
 # ------------------------------------------------------------------------------------------------- official outputs
 
-GOLDEN = load_file(Path(__file__).parent / "data/cache.safetensors")
+GOLDEN = load_file(DATA / "cache.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +63,9 @@ def official():
     unet = UNet(UNetConfig(channels=(32, 64, 64, 64), context_dim=32)).requires_grad_(False)
     unet.load_state_dict({k.removeprefix("unet."): v.float() for k, v in GOLDEN.items() if k.startswith("unet.")})
 
-    def last(cache=None) -> torch.Tensor:
-        *_, (_, x) = generate(unet, GOLDEN["latents"], GOLDEN["cond"], GOLDEN["uncond"], steps=10, cache=cache)
+    def last(cache=None) -> Tensor:
+        *_, (_, x) = generate(unet, GOLDEN["latents"], Condition(GOLDEN["cond"]), Condition(GOLDEN["uncond"]),
+                              plan("ddim", 10), cache=cache)
         return x
     return last
 
@@ -103,7 +100,7 @@ def test_deepcache_equals_the_official_package_at_every_branch(official, branch)
 @pytest.mark.parametrize("alpha", [0.0, 0.003])
 def test_faster_diffusion_equals_the_official_code(official, parallel, alpha):
     want = GOLDEN[f"ddim10.fd.{'parallel' if parallel else 'serial'}.50ls.alpha{alpha}"]
-    cache = FasterDiffusion("paper", parallel=parallel, alpha=alpha, official_order=True)
+    cache = FasterDiffusion("paper", parallel=parallel, alpha=alpha, official_order=parallel)
     assert rms(official(cache), want) < (1e-5 if alpha else 1e-4)     # the order of injection alone is worth 3e-5
 
 
@@ -115,13 +112,16 @@ def test_a_partial_pass_with_features_of_the_same_step_is_the_full_pass(config, 
     added = randn(2, 6) if config.add_dim else None
     plain = unet(x, t, context, added)
     for cache in (DeepCache(2, branch), FasterDiffusion(2), Inherit(f"d1,u{branch}", 2)):
-        features = cache.start(2, {0}, unet)
-        assert torch.equal(unet(x, t, context, added, cache=features.at(0)), plain)
-        assert torch.equal(unet(x, t, context, added, cache=features.at(1)), plain)
+        features = start(cache, unet=unet)
+        assert torch.equal(unet(x, t, context, added, at(features, 0)), plain)
+        assert torch.equal(unet(x, t, context, added, at(features, 1)), plain)
 
 
-@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
-@pytest.mark.parametrize("cache", [DeepCache(1, 2), FasterDiffusion(1), FasterDiffusion(1, parallel=True)], ids=str)
+EVERY_STEP = [DeepCache(1, 2), FasterDiffusion(1, alpha=0.0), FasterDiffusion(1, parallel=True, alpha=0.0)]
+
+
+@BOTH
+@pytest.mark.parametrize("cache", EVERY_STEP, ids=str)
 def test_every_step_a_key_step_is_bit_equal_to_no_cache(config, cache):
     assert all(torch.equal(a, b) for a, b in zip(run(cache, config=config), run(config=config)))
 
@@ -136,20 +136,21 @@ def test_error_falls_with_the_branch_and_rises_with_the_interval():
 def test_between_key_steps_faster_diffusion_ignores_the_latent_and_deepcache_does_not():
     unet, context = UNETS[NARROW], randn(1, 5, 8)
     for cache, same in ((FasterDiffusion(2), True), (DeepCache(2, 0), False), (Inherit("d1-u3", 2), False)):
-        features = cache.start(2, {0}, unet)
-        unet(randn(1, 4, 8, 8), torch.tensor(500), context, cache=features.at(0))
-        a, b = (unet(randn(1, 4, 8, 8, seed=s), torch.tensor(480), context, cache=features.at(1)) for s in (1, 2))
+        features = start(cache)
+        unet(randn(1, 4, 8, 8), torch.tensor(500), context, on=at(features, 0))
+        a, b = (unet(randn(1, 4, 8, 8, seed=s), torch.tensor(480), context, on=at(features, 1)) for s in (1, 2))
         assert torch.equal(a, b) is same
 
 
 def test_what_is_kept_is_never_written_to_even_with_freeu_at_any_branch():
-    unet, context, f = UNETS[NARROW], randn(2, 5, 8), FreeU(1.5, 1.6, 0.5, 0.2, skip_scale=skip_tuning(0.8))
+    unet, f, tuning = UNETS[NARROW], FreeU(1.5, 1.6, 0.5, 0.2), SkipTuning(0.8)
+    given = randn(2, 4, 8, 8), torch.tensor(500), randn(2, 5, 8)
     for cache in (FasterDiffusion(3), Inherit("d2,mid,u2-u3", 3), *(DeepCache(3, branch) for branch in range(12))):
-        features = cache.start(3, {0}, unet)
-        unet(randn(2, 4, 8, 8), torch.tensor(500), context, freeu=f, cache=features.at(0))
-        kept = {unit: x.clone() for unit, x in features.kept.items()}
-        outs = [unet(randn(2, 4, 8, 8), torch.tensor(500), context, freeu=f, cache=features.at(i)) for i in (1, 2)]
-        assert kept and all(torch.equal(x, features.kept[unit]) for unit, x in kept.items())
+        features = start(cache, 3)
+        unet(*given, on=at(features, 0)._replace(freeu=f, skips=tuning))
+        kept = {unit: x.clone() for unit, x in features.kept[0,].items()}
+        outs = [unet(*given, on=at(features, i)._replace(freeu=f, skips=tuning)) for i in (1, 2)]
+        assert kept and all(torch.equal(x, features.kept[0,][unit]) for unit, x in kept.items())
         assert torch.equal(*outs)
 
 
@@ -171,17 +172,17 @@ def test_sdxl_conditions_and_stochastic_samplers_work_in_parallel():
         assert rms(b, a) < 2e-6 and rms(a, run(config=XL, **more)[-1]) > 1e-4
 
 
-FREEU = FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0, 0.6), skip=(0.25, 1), skip_scale=skip_tuning(0.9))
+FREEU = dict(freeu=FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0, 0.6), skip=(0.25, 1)), skips=SkipTuning(0.9, steps=(0, 0.5)))
 
 
 def test_freeu_that_changes_with_time_is_the_same_in_series_and_in_parallel():
-    a, b = (run(FasterDiffusion((0, 2), parallel=p), freeu=FREEU)[-1] for p in (False, True))
+    a, b = (run(FasterDiffusion((0, 2), parallel=p), **FREEU)[-1] for p in (False, True))
     assert rms(b, a) < 2e-6 and rms(a, run(FasterDiffusion((0, 2)))[-1]) > 1e-3
 
 
-@pytest.mark.parametrize("cache", [DeepCache(1), FasterDiffusion(1), FasterDiffusion(1, parallel=True)], ids=str)
+@pytest.mark.parametrize("cache", EVERY_STEP, ids=str)
 def test_freeu_with_a_cache_of_interval_1_is_freeu_alone(cache):
-    assert torch.equal(run(cache, freeu=FREEU)[-1], run(freeu=FREEU)[-1])
+    assert torch.equal(run(cache, **FREEU)[-1], run(**FREEU)[-1])
 
 
 @pytest.mark.parametrize("cache", [DeepCache(3, 1), FasterDiffusion("paper", parallel=True, alpha=0.003)], ids=str)
@@ -190,12 +191,12 @@ def test_rows_do_not_influence_each_other_and_a_second_run_remembers_nothing(cac
     assert torch.equal(first[-1], again[-1]) and rms(first[-1][:1], alone[-1]) < 1e-5
 
 
-def by_hand_with_noise(alpha: float, tau: float, init: torch.Tensor | None = None) -> torch.Tensor:
+def by_hand_with_noise(alpha: float, tau: float, init: Tensor | None = None) -> Tensor:
     """Every step in full, with noise injected before it: a loop of its own."""
-    (noise, context, other), p, start = given(), plan("ddim", 10), 0 if init is None else 4
+    (noise, (context, *_), (other, *_)), p, start = given(), plan("ddim", 10), 0 if init is None else 4
     prior = noise if init is None else math.sqrt(1 - p.now[start]) * noise
     x = prior if init is None else math.sqrt(p.now[start]) * init + prior
-    unet, step = UNETS[NARROW], ddim(p, 0.0, lambda: None)
+    unet, step = UNETS[NARROW], ddim(p, lambda: None)
     text, shifts = unet.embed_text(torch.cat([other, context])), unet.embed_schedule(torch.tensor(p.times))
     for i in range(start, 10):
         x = x + alpha * prior if p.times[i] < tau else x
@@ -218,30 +219,32 @@ def test_what_is_injected_is_the_noise_that_the_run_began_with_also_on_top_of_a_
 @pytest.mark.parametrize("cache", [DeepCache(3, 1), FasterDiffusion(3), FasterDiffusion(3, parallel=True),
                                    Inherit("d4-u4", 3)], ids=str)
 def test_guidance_turned_round_with_its_halves_swapped_is_the_same(cache):
-    noise, context, other = (x.double() for x in given())
-    *_, (_, a) = generate(EXACT, noise, context, other, steps=10, cfg_scale=7.5, cache=cache)
-    *_, (_, b) = generate(EXACT, noise, other, context, steps=10, cfg_scale=1 - 7.5, cache=cache)
+    noise, text, other = given(exact=True)
+    *_, (_, a) = generate(EXACT, noise, text, other, plan("ddim", 10), 7.5, cache=cache)
+    *_, (_, b) = generate(EXACT, noise, other, text, plan("ddim", 10), 1 - 7.5, cache=cache)
     assert rms(b, a) < 1e-11
 
 
 def test_img2img_makes_its_first_step_a_key_step():
     settings = dict(init=randn(2, 4, 8, 8, seed=5), strength=0.55)
     assert len(run(**settings)) == 5
-    for cache in (DeepCache(10), FasterDiffusion((0,)), FasterDiffusion((0,), parallel=True)):
+    for cache in (DeepCache(10), FasterDiffusion((0,), alpha=0.0), FasterDiffusion((0,), True, alpha=0.0)):
         out = run(cache, **settings)
         assert rms(out[0], run(**settings)[0]) < 2e-6 and out[-1].isfinite().all()
 
 
 def test_a_ddim_group_of_a_decoder_that_ignores_time_is_one_big_step():
     class Frozen:                                        # only the encoder looks at x, and the decoder not at t
-        config, up_units = NARROW, lambda self: [None] * 12
+        config, middle, units = NARROW, 12, ()
+        embed_schedule, embed_text = staticmethod(lambda times, added: times), staticmethod(lambda context: context)
 
-        def __call__(self, x, t, context, added, cache):
-            return cache.output(12, torch.sin(x) if cache.runs(12) else None)
-    for cache, steps in ((FasterDiffusion(5), 10), (FasterDiffusion("paper"), 50)):
-        x, p, keys = randn(1, 4, 8, 8).double(), plan("ddim", steps), cache.key_steps(steps)
-        after = [x for _, x in generate(Frozen(), x, randn(1, 5, 8).double(), steps=steps, cache=cache)]
-        for key, end in zip(keys, [*keys[1:], steps]):
+        def __call__(self, x, t, context, added, on):
+            return on.cache.output(12, torch.sin(x) if on.cache.runs(12) else None)
+    for keys, steps in ((5, 10), ("paper", 50)):
+        x, p, ends = randn(1, 4, 8, 8).double(), plan("ddim", steps), key_steps(keys, steps)
+        after = [x for _, x in generate(Frozen(), x, Condition(randn(1, 5, 8).double()), None, p,
+                                        cache=FasterDiffusion(keys, alpha=0.0))]
+        for key, end in zip(ends, [*ends[1:], steps]):
             x0, eps = x0_and_eps(x, torch.sin(x), p.now[key], "epsilon")
             x = p.after[end - 1] ** 0.5 * x0 + (1 - p.after[end - 1]) ** 0.5 * eps
             assert rms(after[end - 1], x) < 1e-9
@@ -249,24 +252,21 @@ def test_a_ddim_group_of_a_decoder_that_ignores_time_is_one_big_step():
 
 # ------------------------------------------------------------------------------------------------------------- T-GATE
 
-def by_hand(tgate: TGate, sampler: str, batch: int = 2) -> torch.Tensor:
-    """T-GATE from outside: a U-Net function of which both halves follow the text where guidance is dropped."""
-    unet = UNETS[NARROW]
-    noise, context, other = (randn(3, *shape, seed=k)[:batch] for k, shape in enumerate(((4, 8, 8), (5, 8), (5, 8))))
-    gate, step = TextGate(), iter(range(10))
+def by_hand(tgate: TGate, sampler: str, batch: int = 2) -> Tensor:
+    """T-GATE from outside: a U-Net function of which both branches follow the text where guidance is dropped."""
+    unet, p, kept = UNETS[NARROW], plan(sampler, 10), {}
+    turn, call = p.first_call(tgate.step), iter(range(p.calls))
 
     def function(x, t, both, added):
-        i = next(step)
-        if i == tgate.step and tgate.text == "reuse":
-            gate.open = False
-            if tgate.guidance == "drop":
-                gate.kept = {block: (h[:batch] + h[batch:]) / 2 for block, h in gate.kept.items()}
-        gated = {"gate": gate} if tgate.text == "reuse" else {}
-        if i >= tgate.step and tgate.guidance == "drop":
-            return unet(x[batch:], t, both[batch:], **gated).repeat(2, 1, 1, 1)
-        return unet(x, t, both, **gated)
-    *_, (_, x) = generate(function, noise, context, other, steps=10, sampler=sampler,
-                          generators=[torch.Generator().manual_seed(k) for k in range(batch)])
+        i = next(call)
+        drop = i >= turn and tgate.guidance == "drop"
+        if i == turn and drop:
+            kept["by hand"] = {block: (h[:batch] + h[batch:]) / 2 for block, h in kept.get("by hand", {}).items()}
+        on = OFF if tgate.text == "compute" else Techniques(tgate=TextGate(i < turn, 1, "by hand", kept))
+        if drop:
+            return unet(x[batch:], t, both[batch:], on=on).repeat(2, 1, 1, 1)
+        return unet(x, t, both, on=on)
+    *_, (_, x) = generate(function, *given(batch), p, generators=seeded(*range(batch)))
     return x
 
 
@@ -276,19 +276,18 @@ GATES = [TGate(4), TGate(4, guidance="keep"), TGate(4, text="compute")]
 @pytest.mark.parametrize("tgate", GATES, ids=str)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_tgate_in_the_loop_is_what_its_parts_do_by_hand(tgate, sampler):
-    out, plain = run(tgate=tgate, sampler=sampler), run(sampler=sampler)
-    assert all(torch.equal(a, b) for a, b in zip(out[:4], plain[:4]))
+    out, plain, turn = run(tgate=tgate, sampler=sampler), run(sampler=sampler), plan(sampler, 10).first_call(4)
+    assert all(torch.equal(a, b) for a, b in zip(out[:turn], plain[:turn])) and not torch.equal(out[turn], plain[turn])
     assert rms(out[-1], by_hand(tgate, sampler)) < 2e-6 and rms(out[-1], plain[-1]) > 1e-4
 
 
-@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+@BOTH
 def test_a_closed_gate_gives_the_same_pass_again_whatever_the_text(config):
     unet, x, t, added = UNETS[config], randn(2, 4, 8, 8), torch.tensor(500), randn(2, 6) if config.add_dim else None
-    gate = TextGate()
-    plain = unet(x, t, randn(2, 5, 8, seed=1), added)
-    assert torch.equal(unet(x, t, randn(2, 5, 8, seed=1), added, gate=gate), plain)
-    gate.close(average=False)
-    assert torch.equal(unet(x, t, randn(2, 5, 8, seed=2), added, gate=gate), plain)
+    plain, kept = unet(x, t, randn(2, 5, 8, seed=1), added), {}
+    for is_open, seed in ((True, 1), (False, 2)):
+        on = Techniques(tgate=TextGate(is_open, 1, (0,), kept))
+        assert torch.equal(unet(x, t, randn(2, 5, 8, seed=seed), added, on), plain)
 
 
 def test_tgate_attends_to_the_text_and_guides_in_its_first_steps_only():
@@ -301,15 +300,15 @@ def test_tgate_attends_to_the_text_and_guides_in_its_first_steps_only():
 
 
 @pytest.mark.parametrize("tgate", GATES, ids=str)
-@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+@BOTH
 def test_tgate_with_faster_diffusion_is_the_same_in_series_and_in_parallel(tgate, config):
     serial, parallel, split = (
-        run(FasterDiffusion((0, 2), alpha=0.003, **more), tgate=tgate, config=config, freeu=FREEU)
+        run(FasterDiffusion((0, 2), **more), tgate=tgate, config=config, **FREEU)
         for more in (dict(), dict(parallel=True), dict(parallel=True, max_batch=4)))
     assert rms(parallel[-1], serial[-1]) < 2e-6 and rms(split[-1], serial[-1]) < 2e-6
 
 
-@pytest.mark.parametrize("cache", [DeepCache(3, 1), FasterDiffusion(3), Inherit("d4-u2", 3)], ids=str)
+@pytest.mark.parametrize("cache", [DeepCache(3, 1), FasterDiffusion(3, alpha=0.0), Inherit("d4-u2", 3)], ids=str)
 def test_tgate_makes_its_step_a_key_step_of_every_cache(cache):
     rows = calls(cache=cache, tgate=TGate(4))
     assert rows[12] == [4, 4, 2, 2, 2]                   # the middle: steps 0, 3, then 4 (the gate), 6, 9
@@ -321,12 +320,12 @@ def test_tgate_makes_its_step_a_key_step_of_every_cache(cache):
 # ------------------------------------------------------------------------------------------------ schedules and counts
 
 def test_key_schedules_are_the_published_ones():
-    assert FasterDiffusion("paper").key_steps(50) == [0, 1, 2, 3, 5, 10, 15, 25, 35]
-    assert FasterDiffusion("paper").key_steps(10) == [0, 1, 2, 3, 5]
-    assert FasterDiffusion("rescaled").key_steps(100) == [0, 2, 4, 6, 10, 20, 30, 50, 70]
-    assert FasterDiffusion("square").key_steps(100) == [0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65, 77, 90]
-    assert FasterDiffusion([0, 2, 5]).key_steps(6) == [0, 2, 5]
-    assert FasterDiffusion(4).key_steps(10) == DeepCache(4).key_steps(10) == [0, 4, 8]
+    assert key_steps("paper", 50) == [0, 1, 2, 3, 5, 10, 15, 25, 35]
+    assert key_steps("paper", 10) == [0, 1, 2, 3, 5]
+    assert key_steps("rescaled", 100) == [0, 2, 4, 6, 10, 20, 30, 50, 70]
+    assert key_steps("square", 100) == [0, 2, 5, 9, 14, 20, 27, 35, 44, 54, 65, 77, 90]
+    assert key_steps([0, 2, 5], 6) == [0, 2, 5]
+    assert key_steps(4, 10) == DeepCache(4).key_steps(10) == [0, 4, 8]
     assert DeepCache(5, 1, center=15).key_steps(50) == [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]
     assert DeepCache(5, 1, center=15, schedule="paper").key_steps(50) == [0, 6, 11, 14, 15, 19, 24, 29, 35, 42]
     assert nonuniform_keys(20, 10, 6, 1.4) == [0, 2, 4, 6, 7, 8, 10, 12, 15, 17]
@@ -336,7 +335,7 @@ def test_key_schedules_are_the_published_ones():
 
 def test_unit_names_and_ranges_mean_the_flat_list():
     def numbers(text: str, config: UNetConfig = NARROW) -> frozenset[int]:
-        return Inherit(text, 2).start(2, {0}, UNETS[config]).reused
+        return start(Inherit(text, 2), unet=UNETS[config]).reused
     assert numbers("conv_in-mid") == set(range(13)) and numbers("d11, u0-u1") == {11, 13, 14}
     assert numbers("d8-u0", XL) == {8, 9, 10}
     assert calls(cache=Inherit("conv_in-mid", 3)) == calls(cache=FasterDiffusion(3))
@@ -344,9 +343,9 @@ def test_unit_names_and_ranges_mean_the_flat_list():
 
 
 def test_key_steps_that_reach_too_far_are_told_of():
-    assert notes(FasterDiffusion("paper").key_steps(50), 50) == notes(DeepCache(5).key_steps(50), 50) == []
-    assert "over 65 of 100 steps" in notes(FasterDiffusion("paper").key_steps(100), 100)[0]
-    assert "saves nothing" in notes(FasterDiffusion("paper").key_steps(4), 4)[0]
+    assert notes(key_steps("paper", 50), 50) == notes(DeepCache(5).key_steps(50), 50) == []
+    assert "over 65 of 100 steps" in notes(key_steps("paper", 100), 100)[0]
+    assert "saves nothing" in notes(key_steps("paper", 4), 4)[0]
     assert "20 to 50 steps" in notes(DeepCache(2).key_steps(8), 8)[0]
 
 
@@ -370,10 +369,8 @@ def calls(steps: int = 10, **settings) -> list[list[int]]:
     """For every unit of the flat list, the batch of each of its calls in a run of two guided images."""
     unet = UNETS[NARROW]
     with Calls() as noted:
-        list(generate(unet, randn(2, 4, 8, 8), randn(2, 5, 8), randn(2, 5, 8), steps=steps, **settings))
-    down = [unit.resnet.conv1 if unit.resnet else unit.resample.conv for unit in unet.down_units()]
-    return [noted.of(unet.conv_in), *map(noted.of, down),
-            noted.of(unet.mid_block.resnets[0].conv1), *(noted.of(u.resnet.conv1) for u in unet.up_units())]
+        list(generate(unet, *given(), plan("ddim", steps), **settings))
+    return [noted.of(unit.conv or unit.resnets[0].conv1) for unit in unet.units()]
 
 
 def test_exactly_the_planned_units_run():
@@ -389,11 +386,13 @@ def test_exactly_the_planned_units_run():
 
 
 def test_the_units_of_a_run_are_counted():
-    unet = UNETS[NARROW]
-    assert FasterDiffusion("paper").start(50, {0}, unet).units_run() == (9 * 25 + 41 * 12, 50 * 25)
-    assert DeepCache(5, 1).start(50, {0}, unet).units_run() == (10 * 25 + 40 * 4, 50 * 25)
-    assert DeepCache(5, 11).start(10, {7}, unet).units_run(first=7) == (25 + 2 * 24, 3 * 25)
-    assert DeepCache(1).start(10, {0}, UNETS[XL]).units_run() == (190, 190)
+    def units_run(cache, steps: int, first: int = 0, config: UNetConfig = NARROW) -> int:
+        features = start(cache, steps, UNETS[config], first)
+        return sum(len(features.units(i)) for i in range(first, steps))
+    assert units_run(FasterDiffusion("paper"), 50) == 9 * 25 + 41 * 12
+    assert units_run(DeepCache(5, 1), 50) == 10 * 25 + 40 * 4
+    assert units_run(DeepCache(5, 11), 10, first=7) == 25 + 2 * 24
+    assert units_run(DeepCache(1), 10, config=XL) == 10 * 19
 
 
 def test_only_what_is_reused_is_kept():
@@ -405,10 +404,10 @@ def test_only_what_is_reused_is_kept():
         with torch.device("meta"):
             x, t, context = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, 77, c.context_dim)
             added = torch.empty(1, c.add_dim) if c.add_dim else None
-            for cache, elements in caches:
-                features = cache.start(2, {0}, unet)
-                unet(x, t, context, added, cache=features.at(0))
-                assert sum(kept.numel() for kept in features.kept.values()) == elements
+        for cache, elements in caches:
+            features = start(cache, unet=unet)
+            unet(x, t, context, added, at(features, 0))
+            assert sum(kept.numel() for kept in features.kept[0,].values()) == elements
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
@@ -425,27 +424,34 @@ def test_the_arithmetic_of_every_branch_is_the_published_one(family):
     side, full, encoder, cheap = PASSES[family]
     unet = META[family]
     counts = [sum(unit) / 1e9 for unit in unit_macs(unet, side, side)]
-    n = len(unet.up_units())
-    assert sum(counts) == pytest.approx(full, rel=1e-3) and sum(counts[:n + 1]) == pytest.approx(encoder, rel=1e-3)
+    assert sum(counts) == pytest.approx(full, rel=1e-3)
+    assert sum(counts[:unet.middle + 1]) == pytest.approx(encoder, rel=1e-3)
     for branch, macs in enumerate(cheap):
-        run = DeepCache(2, branch).start(2, {0}, unet).between
-        assert sum(counts[unit] for unit in run) == pytest.approx(macs, rel=1e-3, abs=0.05)           # one decimal
+        live = start(DeepCache(2, branch), unet=unet).live
+        assert sum(counts[unit] for unit in live) == pytest.approx(macs, rel=1e-3, abs=0.05)           # one decimal
 
 
-@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+@BOTH
 def test_the_arithmetic_is_what_torchs_flop_counter_sees(config):
     with torch.device("meta"):                           # on the CPU, the counter misses attention's products
         unet, x, t, context = UNet(config), torch.empty(1, 4, 15, 8), torch.empty(1), torch.empty(1, 5, 8)
         counts, added = unit_macs(unet, 15, 8, tokens=5), torch.empty(1, 6) if config.add_dim else None
-    with FlopCounterMode(display=False) as counter:
-        unet(x, t, context, added)
-    assert 2 * sum(map(sum, counts)) == counter.get_total_flops()
-    caches = [FasterDiffusion(2), *(DeepCache(2, branch) for branch in range(len(unet.up_units())))]
-    for cache in caches:
-        features = cache.start(2, {0}, unet)
-        unet(x, t, context, added, cache=features.at(0))
-        cheap = sum(sum(counts[unit_number]) for unit_number in features.between)
-        assert benchmark.pass_macs(unet, x, t, context, added, features.at(1)) == cheap
+    def counted(*more) -> int:
+        with FlopCounterMode(display=False) as counter:
+            unet(x, *more)
+        return counter.get_total_flops() // 2
+
+    assert sum(map(sum, counts)) == counted(t, context, added)
+    # a pass of the loop gets its shifts, keys and values ready made: what they cost, by unit
+    made = [sum(r.time_emb_proj.weight.numel() for r in unit.resnets) + 5 * sum(
+        block.attn2.to_k.weight.numel() + block.attn2.to_v.weight.numel()
+        for block in (unit.attention.transformer_blocks if unit.attention else ())) for unit in unet.units()]
+    made[-1] += sum(p.numel() for name, p in unet.named_parameters() if "_embedding" in name and p.dim() == 2)
+    shifts, text = unet.embed_time(t, added), unet.embed_text(context)
+    for cache in [FasterDiffusion(2), *(DeepCache(2, branch) for branch in (0, 1, 5, unet.middle - 1))]:
+        features = start(cache, unet=unet)
+        unet(x, shifts, text, added, at(features, 0))
+        assert counted(shifts, text, added, at(features, 1)) == sum(sum(counts[k]) - made[k] for k in features.live)
 
 
 def test_the_arithmetic_of_whole_runs_is_the_published_one():
@@ -462,6 +468,7 @@ def test_the_arithmetic_of_whole_runs_is_the_published_one():
 
 
 def test_the_benchmark_writes_its_rows(tmp_path, monkeypatch):
+    import benchmarks.cache as benchmark
     monkeypatch.setattr("sys.argv", ["cache", "--parts", "passes", "schedules", "parallel", "--family", "tiny",
                                      "--size", "64", "--schedule-size", "64", "--steps", "4", "--rounds", "1",
                                      "--branches", "1", "--group", "3",
@@ -482,8 +489,6 @@ def test_the_benchmark_writes_its_rows(tmp_path, monkeypatch):
     (lambda: run(Inherit("u2-u1", 2)), "'u2-u1' is none"), (lambda: Inherit("mid", 0), "makes no sense"),
     (lambda: TGate(0), "1 or more"), (lambda: TGate(3, "forget"), "reuse or compute"),
     (lambda: TGate(3, "compute", "keep"), "does nothing"), (lambda: run(tgate=TGate(10)), "beyond the last of 10"),
-    (lambda: run(DeepCache(3).start(10, {0}, UNETS[NARROW])), "give the settings"),
-    (lambda: [DeepCache(3).start(10, {0}, UNETS[NARROW]).at(9).at(0)], "another image's run"),
     (lambda: DeepCache(0), "interval must be 1 or more"), (lambda: DeepCache(3, -1), "branch must be 0 or more"),
     (lambda: run(DeepCache(3, 12)), "0 to 11"), (lambda: DeepCache(3, schedule="x"), "released or paper"),
     (lambda: DeepCache(2.5), "1 or more"), (lambda: DeepCache(3, True), "0 or more"), (lambda: TGate(2.5), "1 or more"),
@@ -492,9 +497,12 @@ def test_the_benchmark_writes_its_rows(tmp_path, monkeypatch):
       for power in (0, -1, math.nan, math.inf, 0.001)],
     *[(lambda keys=keys: FasterDiffusion(keys), "begin with 0") for keys in ([1, 2], [5, 3], [-3, 4], [], (0, 2, 2))],
     *[(lambda keys=keys: Inherit("mid", keys), "whole numbers") for keys in (2.5, True, (0, 2.5), [0, "1"], None)],
-    (lambda: list(generate(lambda *_: None, randn(1, 4, 8, 8), randn(1, 5, 8), cache=DeepCache(2))), "needs a UNet"),
+    *[(lambda name=name, technique=technique: next(generate(
+        lambda *_: None, *given(), plan("ddim", 10), **{name: technique})), "needs a UNet")
+      for name, technique in (("cache", DeepCache(2)), ("cache", FasterDiffusion(2, True)), ("tgate", TGate(3)))],
     (lambda: FasterDiffusion("often"), "paper, rescaled, square"), (lambda: FasterDiffusion(0), "makes no sense"),
-    (lambda: run(FasterDiffusion((1, 2))), "begin with 0"), (lambda: run(FasterDiffusion((0, 10))), "beyond the last"),
+    (lambda: FasterDiffusion(2, max_batch=4), "without parallel"), (lambda: DeepCache(3, power=1.2), "without center"),
+    (lambda: run(FasterDiffusion((0, 10))), "beyond the last"),
     (lambda: FasterDiffusion(alpha=2.0), "between 0 and 1"), (lambda: FasterDiffusion(max_batch=0), "1 or more rows"),
     (lambda: DeepCache(2, center=60).key_steps(50), "center 60 is not")])
 def test_bad_settings_are_named(make, words):
