@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,6 +23,13 @@ OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a s
 
 class InputError(ValueError):
     """Something that a person gave is wrong. The message is one sentence: what, where, what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Shows an error like `run_command`: one line without the usage, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(complain(message, 2))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -173,7 +173,7 @@ def read_mask(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             mode, pixels = file.mode, np.asarray(file)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"can't read the mask {path} ({error})") from None
     if mode not in ("1", "L"):
         raise ValueError(f"{path} has mode {mode}, but a mask is black and white or gray: save it so")

@@ -446,6 +446,8 @@ class MaskSearch:
     layers, gumbel = LAYERS, Gumbel()
 
     def __post_init__(self) -> None:
+        if not self.reward:
+            raise ValueError("the mask search needs a reward: clip, or folders")
         if self.iterations is not None and self.iterations < 0:
             raise ValueError(f"mask iterations must be 0 or more, not {self.iterations}")
         if self.schedule == "released" and self.iterations:

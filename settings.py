@@ -4,7 +4,7 @@ A technique's dataclass is the only place that knows its settings: names, types,
 (`__post_init__`), and what they mean (the lines "name: ..." of its docstring). Start at `read`; `write` is its inverse.
 The text is what stands between the brackets of the call in Python, without quotation marks: values in the order of the
 fields, then name=value. Where a flag has several kinds, the kind comes first. A name alone switches a bool on. Colons
-separate the entries of a list, and a backslash protects a comma inside a value.
+separate the entries of a list. A backslash protects a comma or, in a list, a colon inside a value.
 
     --freeu                                   --cache deepcache,3,branch=1         --freescale 512x512:1024x1024
     --freeu 1.3,1.4,0.9,0.2,backbone=0:0.6    --cache faster,keys=0:2:5,parallel   --masks masks.safetensors,threshold
@@ -49,9 +49,9 @@ def read(text: str, kinds: Kinds) -> Any:
     return kinds[kind](**given)
 
 
-def split(text: str) -> list[str]:
-    """The parts between commas; a backslash before a comma makes it a part of the value."""
-    return [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text)]
+def split(text: str, mark: str = ",") -> list[str]:
+    """The parts between commas (or colons); a backslash before one makes it a part of the value."""
+    return [part.replace("\\" + mark, mark) for part in re.split(rf"(?<!\\){mark}", text)]
 
 
 def convert(text: str, hint: Any, name: str) -> Any:
@@ -64,11 +64,13 @@ def convert(text: str, hint: Any, name: str) -> Any:
                 pass
         raise ValueError(f"{name} must be {legal(hint)}, not {text!r}")
     if get_origin(hint) is tuple:
-        kinds, parts = get_args(hint), text.removesuffix(":").split(":")
+        kinds, parts = get_args(hint), split(text, ":")
+        parts = parts[:-1] if len(parts) > 1 and not parts[-1] else parts                # 5: is a list of one
         kinds = kinds[:1] * len(parts) if kinds[-1] is ... else kinds
-        if len(parts) != len(kinds):
-            raise ValueError(f"{name} must be {legal(hint)}, not {text!r}")
-        return tuple(convert(part, kind, name) for part, kind in zip(parts, kinds))
+        try:
+            return tuple(convert(part, kind, name) for part, kind in zip(parts, kinds, strict=True))
+        except ValueError:
+            raise ValueError(f"{name} must be {legal(hint)}, not {text!r}") from None
     words = {str(word): word for word in get_args(hint)} if get_origin(hint) is Literal else \
         BOOL if hint is bool else {"none": None} if hint is NoneType else None
     try:
@@ -106,9 +108,9 @@ def write(settings: Any, kind: str = "", of_file: Callable[[Path], str] = str) -
 def spell(value: Any, of_file: Callable[[Path], str] = str) -> str:
     """A value as text; the inverse of `convert`."""
     if isinstance(value, tuple) and not hasattr(value, "read"):
-        return ":".join(spell(entry, of_file) for entry in value) + ":" * (len(value) == 1)
+        return ":".join(spell(entry, of_file).replace(":", "\\:") for entry in value) + ":" * (len(value) == 1)
     if isinstance(value, Path):
-        return of_file(value)
+        return "./none" if of_file(value) == "none" else of_file(value)                  # none alone is None
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ except ImportError:
     resource = None
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate, notes
-from command import HelpFormatter, InputError, check_device, check_flags, check_writable, run_command
+from command import ArgumentParser, HelpFormatter, InputError, check_device, check_flags, check_writable, run_command
 from folder import TINY, ModelConfig, check_size, read_config
 from freescale import FreeScale
 from freeu import FreeU, ScaleLong, SkipTuning
@@ -53,21 +54,25 @@ TECHNIQUES: dict[str, tuple[str, Kinds, str]] = {
                 "other ways to -W, -H beyond the model's size: scalecrafter, hidiffusion or demofusion"),
 }
 SAVING = ("cache", "tgate")                      # what --compare leaves out of the picture that it compares with
-OLD_FLAGS = {                                    # how flags of the last release are written now
-    "--freeu-": "--freeu 1.3,1.4,0.9,0.2,name=value", "--skip-tuning": "--skips tuning,BOTTOM,TOP",
-    "--scale-long": "--skips scalelong,KAPPA", "--cache-": "--cache KIND,name=value",
-    "--tgate-": "--tgate STEP,name=value", "--mask-random": "--masks random,RATIO",
-    "--mask-reward": "--masks search,REWARD", "--mask-": "--masks FILE,name=value",
-    "--resolutions": "--freescale 512x512:1024x1024", "--detail": "--freescale 2,detail=ALPHA",
-    "--freescale-official": "--freescale 4,blur=official beside other flags, listed in the README",
-    "--freescale-": "--freescale 2,name=value", "--baseline": "--highres KIND"}
+OLD_FLAGS = {                                    # how flags of the last release are written now; {}: name=...
+    "--freeu-": "--freeu 1.3,1.4,0.9,0.2,{}", "--skip-tuning": "--skips tuning,BOTTOM,TOP",
+    "--scale-long": "--skips scalelong,KAPPA", "--cache-noise": "--cache faster,alpha=...",
+    "--cache-": "--cache KIND,{}", "--tgate-": "--tgate STEP,{}", "--mask-random": "--masks random,RATIO",
+    "--mask-window": "--masks random,RATIO,window", "--mask-reward": "--masks search,REWARD:REWARD",
+    **{f"--mask-{name}": f"--masks search,{name}=..." for name in ("iterations", "schedule", "keep", "checkpoint")},
+    "--mask-": "--masks FILE,{}", "--resolutions": "--freescale 512x512:1024x1024",
+    "--detail-map": "--freescale 2,detail_map=FILE,detail=ALPHA,outside=ALPHA",
+    "--detail": "--freescale 2,detail=ALPHA", "--freescale-official": "--freescale 4,blur=official, with other "
+    "flags that the README lists", "--freescale-": "--freescale 2,{}", "--baseline": "--highres KIND"}
 
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else argv
+    refuse_old_flags(argv)
+    parser = ArgumentParser(description="From a prompt to a picture with Stable Diffusion.",
+                            formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("prompt", nargs="?", help="what the picture should show")
     parser.add_argument("--from-file", type=Path, metavar="FILE", help="one prompt per line, instead of PROMPT")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
@@ -103,15 +108,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        "sheet of both and the speed-up")
     group.add_argument("--help-technique", choices=TECHNIQUES, metavar="NAME", action=HelpTechnique,
                        help=f"show all settings of {', '.join(TECHNIQUES)}")
-    args, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        for old, new in OLD_FLAGS.items():
-            if flag.startswith(old):
-                raise InputError(f"{flag.partition('=')[0]} is now written {new}: see --help-technique "
-                                 f"{new.split()[0].removeprefix('--')}")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return check_arguments(args)
+    return check_arguments(parser.parse_args(argv))
+
+
+def refuse_old_flags(argv: list[str]) -> None:
+    """InputError for a flag of the last release, with what is written now."""
+    for flag in (argument.partition("=")[0] for argument in takewhile(lambda argument: argument != "--", argv)):
+        old = next((old for old in OLD_FLAGS if flag.startswith(old)), None)
+        if old is not None:
+            new = OLD_FLAGS[old].format(flag.removeprefix(old).replace("-", "_") + "=...")
+            raise InputError(f"{flag} is now written {new} (see --help-technique {new.split()[0].removeprefix('--')})")
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -142,6 +148,12 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError("--compare needs something to compare: add --cache or --tgate")
     if args.highres is not None and args.freescale is not None:
         raise InputError("--highres and --freescale are two ways to large pictures; give one of them")
+    if isinstance(args.highres, DemoFusion):
+        for name in (*SAVING, "init_image"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--highres demofusion can't be combined with --{name.replace('_', '-')}")
+    if isinstance(args.masks, MaskSearch) and getattr(args.cache, "parallel", False):
+        raise InputError("a search for masks needs every step's latents: leave out the parallel of --cache")
     if args.strength is not None and args.init_image is None:
         raise InputError("--strength does nothing without --init-image")
     if args.strength is not None and args.freescale is not None:
@@ -206,6 +218,10 @@ def bind_techniques(args: argparse.Namespace, config: ModelConfig, height: int, 
     """
     techniques = {name: getattr(args, name) for name in TECHNIQUES if getattr(args, name) is not None}
     native, unloaded = config.size // config.vae.factor, SimpleNamespace(config=config)
+    for folder in (args.model / "clip" if name == "clip" else Path(name) for name in getattr(args.masks, "reward", ())):
+        if not folder.exists():
+            raise InputError(f"there is no folder {folder} with a reward; make one: python convert_weights.py SOURCE "
+                             f"{folder} --reward clip (or hps, imagereward)")
     try:
         for name, settings in techniques.items():
             if name in ("freeu", "highres"):
@@ -379,10 +395,12 @@ def main() -> None:
                      init_image.shape[-2:])
     techniques = bind_techniques(args, config, height, width)
     freescale, first = techniques.get("freescale"), args.steps - int(args.steps * args.strength)
-    sizes = [(height, width, 0 if init_image is None else first)]
-    if freescale is not None:
-        later = freescale.first_step(args.steps)
-        sizes = [(*size, later if k else 0) for k, size in enumerate(freescale.resolutions)][init_image is not None:]
+    cascade, sizes = freescale, [(height, width, 0 if init_image is None else first)]
+    if isinstance(args.highres, DemoFusion):
+        cascade = args.highres.stages(config.size, height, width)
+    if cascade is not None:
+        later = cascade.first_step(args.steps)
+        sizes = [(*size, later if k else 0) for k, size in enumerate(cascade.resolutions)][init_image is not None:]
     paths = picture_paths(args, len(prompts))
     parameters = parameters_texts(args, prompts, techniques, *sizes[-1][:2])
 
@@ -418,13 +436,13 @@ def draw_pictures(sd: StableDiffusion, args: argparse.Namespace, techniques: dic
                   stages: int) -> None:
     """Draws and writes the pictures with these numbers. stages: for the progress bar; 0: no bar."""
     init = None if init_image is None else sd.encode(init_image)
-    size = {} if args.freescale is not None and init is None and isinstance(args.freescale.resolutions, tuple) else {
-        "height": args.height, "width": args.width}
+    size = {} if args.freescale is not None else {"height": args.height, "width": args.width}
     plain_techniques = {name: settings for name, settings in techniques.items() if name not in SAVING}
 
     def draw(batch: list[int], steps: int = args.steps, techniques: dict = techniques) -> tuple[Tensor, float]:
         """The latents of these pictures, and the seconds that sampling took."""
-        with tqdm(total=stages * steps, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="step", leave=False,
+        calls = plan(args.sampler, steps, spacing=args.spacing).calls  # two per step with Heun's method
+        with tqdm(total=stages * calls, desc=f"picture {batch[-1] + 1} of {len(prompts)}", unit="call", leave=False,
                   disable=not stages) as bar:
             started = time.perf_counter()
             try:
