@@ -4,13 +4,14 @@
     python -m lab.cache_study --curves --measure       # also the exact score of every schedule, and pictures of some
 
 Start at `curves` and `arms`. Encoder and decoder are compared as in Faster Diffusion's paper, figures 2 and 3: how far
-each level's output moves from one step to the next. `Watch` takes a cache's place in the U-Net and reuses nothing.
+each level's output moves from one step to the next. `Watch` stands in a cache's place and reuses nothing.
 Results made with the same settings and weights are kept; all numbers are in cache.json.
 Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858, which has the same curves for its branch.
 """
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cache import against_first, alternate
-from cache import DeepCache, FasterDiffusion, Features, Inherit, TGate
+from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from command import InputError, run_command
 from freeu import PRESETS, FreeU
 from lab import study
@@ -28,47 +29,50 @@ from lab.study import Arm, Results, Row, bootstrap, line, markdown
 from memory import run_macs
 from pictures import psnr
 from stable_diffusion import StableDiffusion
-from unet import UNet
 
 # ---------------------------------------------------------------------------------------------- features over the steps
 
-
 @dataclass
-class Watch(Features):
-    """Goes where a run's `Features` goes, lets everything run, and notes how every unit's output moves.
+class Watch:
+    """Stands in a cache's place for one run: every unit runs, nothing is reused, and changes of outputs are noted.
 
     images: how many of the batch's last rows to look at: with guidance the first half follows the negative prompt.
-    moved, size: by step and unit, of every image: the change from the step before over its norm, root mean square.
+    moved, size: by call and unit, of every image: the change from the call before over its norm, root mean square.
     """
-    images: int = 1
+    images: int
+    call: int = 0
+    last: dict[int, Tensor] = field(default_factory=dict)
     moved: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     size: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    parallel = False
+
+    def start(self, run: Any) -> "Watch":
+        return self
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Watch":
+        self.call, = calls
+        return self
+
+    def inject(self, i: int, x: Tensor, predicted: bool = False) -> Tensor:
+        return x
+
+    def runs(self, unit: int) -> bool:
+        return True
 
     def output(self, unit: int, h: Tensor) -> Tensor:
-        now, before = h[-self.images:].float().flatten(1), self.kept.get(unit)
+        now, before = h[-self.images:].float().flatten(1), self.last.get(unit)
         if before is not None:
-            self.moved[self.step, unit] = ((now - before).norm(dim=1) / before.norm(dim=1)).cpu()
-        self.size[self.step, unit] = now.square().mean(dim=1).sqrt().cpu()
-        self.kept[unit] = now
+            self.moved[self.call, unit] = ((now - before).norm(dim=1) / before.norm(dim=1)).cpu()
+        self.size[self.call, unit] = now.square().mean(dim=1).sqrt().cpu()
+        self.last[unit] = now
         return h
-
-
-class Watching:
-    """The settings that make a `Watch`, in a cache's place: `watch` is the last one."""
-
-    def __init__(self, images: int):
-        self.images = images
-
-    def start(self, steps: int, more: set[int], unet: UNet) -> Watch:
-        self.watch = Watch(frozenset(range(steps)), steps, len(unet.up_units()), images=self.images)
-        return self.watch
 
 
 def curves(sd: StableDiffusion, prompts: list[str], settings: Row, seed: int, out: Path) -> Row:
     """Draws how each level's output changes from the step before, relative to its norm; returns the numbers."""
-    watching = Watching(len(prompts))
-    sd.sample(prompts, seed=seed, cache=watching, **settings)
-    n, per, steps = watching.watch.up_units, sd.config.unet.layers + 1, settings["steps"]
+    watch = Watch(len(prompts))
+    sd.sample(prompts, seed=seed, cache=watch, **settings)
+    n, per, steps = sd.unet.middle, sd.config.unet.layers + 1, watch.call + 1
     levels = n // per
     encoder = {f"level {k}": per * k + per - 1 for k in range(levels)} | {"mid": n}            # before downsampling
     decoder = {f"level {levels - 1 - k}": n + per * (k + 1) for k in range(levels)}            # after upsampling
@@ -77,8 +81,8 @@ def curves(sd: StableDiffusion, prompts: list[str], settings: Row, seed: int, ou
     for half, units in (("encoder", encoder), ("decoder", decoder)):
         lines, size_lines, each = [], [], []
         for name, unit in units.items():
-            moved = torch.stack([watching.watch.moved[i, unit] for i in range(1, steps)])       # (steps - 1, images)
-            size = torch.stack([watching.watch.size[i, unit] for i in range(steps)]).mean(dim=1)
+            moved = torch.stack([watch.moved[i, unit] for i in range(1, steps)])       # (steps - 1, images)
+            size = torch.stack([watch.size[i, unit] for i in range(steps)]).mean(dim=1)
             lines.append(line(range(1, steps), moved.mean(dim=1), name, color=colors[name]))
             size_lines.append(line(range(steps), size, name, color=colors[name]))
             numbers[f"{half}, {name}"] = {"moved": moved.mean(dim=1).tolist(), "size": size.tolist()}
@@ -109,14 +113,15 @@ def arms(steps: int) -> dict[str, Arm]:
                   group=f"Faster Diffusion{', noise' if alpha else ''}")
               for alpha in (0.0, 0.003) for keys in ("paper", "rescaled", 2, 5, 10)]
     table += [Arm("Faster paper, parallel", "Faster Diffusion, the paper's key steps, decoded in batches",
-                  {"cache": FasterDiffusion("paper", parallel=True)}, group="Faster Diffusion, parallel"),
+                  {"cache": FasterDiffusion("paper", parallel=True, alpha=0.0)}, group="Faster Diffusion, parallel"),
               Arm("inherit d4-u7 N3", "units d4 to u7 reuse their outputs, a key step every 3",
                   {"cache": Inherit("d4-u7", 3)}, group="inherit")]
     table += [Arm(f"T-GATE {gate}{name}", f"T-GATE from step {gate} on{name}", {"tgate": TGate(gate, **choice)},
                   group="T-GATE") for name, choice in (
         ("", {}), (", guidance kept", {"guidance": "keep"}), (", text computed", {"text": "compute"}))]
     table += [Arm(f"FreeU + {name}", f"FreeU with {name}", {"freeu": freeu, "cache": cache}, "FreeU", "FreeU + cache")
-              for name, cache in (("DeepCache b1 N3", DeepCache(3, 1)), ("Faster paper", FasterDiffusion("paper")))]
+              for name, cache in (("DeepCache b1 N3", DeepCache(3, 1)),
+                                  ("Faster paper", FasterDiffusion("paper", alpha=0.0)))]
     return {arm.name: arm for arm in table}
 
 
@@ -133,7 +138,7 @@ def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Resul
         plain = drawn[arm.base]
         if absent := [k for k in batch if k not in plain]:             # the base was measured by an earlier run
             plain |= zip(absent, to_bytes(sample(sd, [prompts[k] for k in absent], [seed + k for k in absent],
-                                                 bases[arm.base].over(settings))))
+                                                 settings | bases[arm.base].settings)))
         return [{"PSNR": psnr(*(torch.from_numpy(of).float() / 255 for of in (picture, plain[k])))}
                 for k, picture in zip(batch, pictures)]
 
@@ -156,7 +161,7 @@ def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Resul
 def clock(sd: StableDiffusion, table: list[Arm], settings: Row, n: int, rounds: int, results: Results) -> None:
     """Adds the measured speed-up of every arm: sampling n pictures at a time, all arms in turn, medians."""
     prompts, measured = mixed_prompts(n, seed=60_000), results.read("measure")
-    calls = {arm.name: lambda arm=arm: sd.sample(prompts, **arm.over(settings)) for arm in table}
+    calls = {arm.name: lambda arm=arm: sd.sample(prompts, **settings | arm.settings) for arm in table}
     for row in against_first(alternate(calls, rounds, sd.device.type),
                              {arm.name: measured[arm.name]["arithmetic"] for arm in table}):
         results.write("measure", row["what"], measured[row["what"]] | {
@@ -187,7 +192,7 @@ def pictures(sd: StableDiffusion, table: list[Arm], settings: Row, seed: int, pa
         "base", "DeepCache b0 N3", "DeepCache b1 N3", "DeepCache b1 N10", "Faster paper", "Faster paper, noise",
         "Faster 10", "FreeU", "FreeU + DeepCache b1 N3")]
     prompts = list(TINY_PROMPTS[:6])
-    images = [sample(sd, prompts, seed, arm.over(settings)) for arm in shown]
+    images = [sample(sd, prompts, seed, settings | arm.settings) for arm in shown]
     study.sheet([(prompt, [of[k] for of in images]) for k, prompt in enumerate(prompts)], path,
                 [arm.name for arm in shown], f"{settings['steps']} steps")
 

@@ -3,9 +3,9 @@
     python -m lab.freeu_study --model models/tiny --out out/freeu      # the figures, and all numbers in freeu.json
     python -m lab.freeu_study --search --measure                       # also searches for factors and measures all arms
 
-Start at FIGURES, a table of functions (runs, out) -> numbers; `search` and `measure` are the other two parts. They
-reach the U-Net only through its `freeu` argument, which takes anything with FreeU's two methods: here `Recorder`,
-`Plain` and `ChannelChoice`. Results made with the same settings and weights are kept.
+Start at `FIGURES`, a table of functions (runs, out) -> numbers; `search` and `measure` are the other two parts. They
+reach the U-Net only in FreeU's place, where anything can stand that sees backbone and skip: here `Recorder`, `Plain`
+and `ChannelChoice`. Results made with the same settings and weights are kept.
 Sources: FreeU, arXiv 2309.11497, whose figures have the same numbers here, and the talk on it. The amplitude is defined
 as in "How do vision transformers work?", arXiv 2202.06709, because FreeU's paper and code don't define theirs.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command import run_command
-from freeu import PRESETS, FreeU, scale_long, skip_tuning, structure_gain
+from freeu import PRESETS, FreeU, ScaleLong, SkipTuning, structure_gain
 from lab import study
-from lab.evaluate import compare_arms, evaluate, measure_arm, mixed_prompts, scores
+from lab.evaluate import compare_arms, draw, judged, measure_arm, mixed_prompts, scores
 from lab.shapes import KINDS
 from lab.study import Arm, Results, Row, line, markdown, plot, pyplot, sheet
 from stable_diffusion import StableDiffusion
@@ -89,24 +89,32 @@ class Met(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Goes where a FreeU goes, does what `inner` does (None: nothing) and notes the maps: steps[step][layer].
+    """Stands in FreeU's place for one run, does what `inner` does (None: nothing) and notes the maps.
 
     images: how many of the batch's last rows to look at: with guidance the first half follows the negative prompt.
-    The fused map of a layer is what the next one gets as its backbone, at a level's end behind the upsampling.
+    calls: what met, by call and layer. The fused map of a layer is the backbone that enters the next one (at the end of
+    a level, after the upsampling).
     """
     inner: Any = None
     images: int = 1
-    steps: list[list[Met]] = field(default_factory=list)
+    calls: list[list[Met]] = field(default_factory=list)
+    state: Any = None                                                  # `inner` in this run
+    acting: Any = None                                                 # and at this call
 
-    def at(self, fraction: float) -> "Recorder":
-        self.steps.append([])
-        return Recorder(None if self.inner is None else self.inner.at(fraction), self.images, self.steps)
+    def start(self, run: Any) -> "Recorder":
+        self.state = None if self.inner is None else self.inner.start(run)
+        return self
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Recorder":
+        self.calls.append([])
+        self.acting = None if self.state is None else self.state.at(calls, halves)
+        return self
 
     def __call__(self, h: Tensor, skip: Tensor, layer: int, config: Any) -> tuple[Tensor, Tensor]:
         entering = self.look(h)
-        if self.inner is not None:
-            h, skip = self.inner(h, skip, layer, config)
-        self.steps[-1].append(Met(entering, self.look(h), self.look(skip)))
+        if self.acting is not None:
+            h, skip = self.acting(h, skip, layer, config)
+        self.calls[-1].append(Met(entering, self.look(h), self.look(skip)))
         return h, skip
 
     def look(self, x: Tensor) -> Seen:
@@ -121,7 +129,10 @@ class Plain:
     b: float
     s: float
 
-    def at(self, fraction: float) -> "Plain":
+    def start(self, run: Any) -> "Plain":
+        return self
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Plain":
         return self
 
     def __call__(self, h: Tensor, skip: Tensor, layer: int, config: Any) -> tuple[Tensor, Tensor]:
@@ -185,7 +196,7 @@ class Runs:
         prompts = self.prompts[:self.batch]
         recorder = Recorder(freeu, len(prompts))
         self.sd.sample(prompts, seed=self.seed, freeu=recorder, **self.settings)
-        return recorder.steps
+        return recorder.calls
 
 
 def spread(n: int, count: int) -> list[int]:
@@ -285,7 +296,7 @@ def image_spectra(runs: Runs, out: Path) -> Row:
     """Figure 6: the finished images' amplitude against b, for plain scaling and for FreeU."""
     cmap, panels, numbers = pyplot().get_cmap("plasma"), [[], [], []], {}
     kinds = {"all of the backbone times b": {b: Plain(b, 1.0) for b in (0.6, 0.8, 1.0, 1.2, 1.4)},
-             "FreeU's b1 = b2 = b": {b: FreeU(b, b) for b in (1.0, 1.2, 1.4, 1.6, 1.8)}}
+             "FreeU's b1 = b2 = b": {b: FreeU(b, b, 1.0, 1.0) for b in (1.0, 1.2, 1.4, 1.6, 1.8)}}
     for kind, variants in kinds.items():
         curves = {b: relative_log_amplitude(runs.images(freeu)) for b, freeu in variants.items()}
         of = {"relative log amplitude": {b: relative for b, (_, relative, _) in curves.items()},
@@ -319,9 +330,9 @@ def sheets(runs: Runs, out: Path) -> Row:
     f, strong = runs.preset, replace(runs.preset, b1=1.8, b2=1.8)
     table = {
         "b_sweep": ("FreeU's b1 = b2 = b alone (figure 17)",
-                    {f"b = {b:g}": FreeU(b, b) for b in (1.2, 1.4, 1.6, 1.8)}),
+                    {f"b = {b:g}": FreeU(b, b, 1.0, 1.0) for b in (1.2, 1.4, 1.6, 1.8)}),
         "channels": (f"Channels that a constant b of {f.b1:g}, {f.b2:g} acts on (figures 9 and 19)",
-                     {which: ChannelChoice(f.b1, f.b2, which=which) for which in CHANNELS}),
+                     {which: ChannelChoice(f.b1, f.b2, 1.0, 1.0, which=which) for which in CHANNELS}),
         "versions": ("Constant and content-aware factors (figure 16)",
                      {f"{name}\nb {g.b1:g} {g.b2:g}": replace(g, version=version)
                       for g in (f, strong) for version, name in ((1, "constant"), (2, "aware"))}),
@@ -395,9 +406,9 @@ def tune(sd: StableDiffusion, results: Results, settings: Row, candidates: int, 
     def make() -> Row:
         with tqdm(total=candidates, desc="search", unit="candidate") as bar:
             def reward(factors: Factors) -> float:
-                verdicts, _ = evaluate(sd, prompts, batch=50, seed=1_000_000 + seed, freeu=FreeU(*factors), **settings)
+                pictures = draw(sd, prompts, 50, 1_000_000 + seed, settings | {"freeu": FreeU(*factors)})
                 bar.update()
-                return float(np.mean([v.ok for v in verdicts]))
+                return float(np.mean([judged(*pair)["loose"] for pair in zip(pictures, prompts)]))
             tried = search(reward, [(1.0, 1.0, 1.0, 1.0), PRESETS[2][sd.config.family]], candidates, seed)
         return {"best": tried[0][0], "tried": tried}
     results.entry("search", "factors", make, candidates=candidates, n=n, seed=seed, **settings)
@@ -406,17 +417,17 @@ def tune(sd: StableDiffusion, results: Results, settings: Row, candidates: int, 
 def arms(family: str, searched: Factors | None) -> list[Arm]:
     two, one = PRESETS[2][family], PRESETS[1][family]
     table = {
-        "base": ("no factors", None),
-        "preset v2": (f"FreeU version 2, {two}", FreeU(*two)),
-        "preset v1": (f"FreeU version 1, {one}", FreeU(*one, version=1)),
+        "base": ("no factors", {}),
+        "preset v2": (f"FreeU version 2, {two}", {"freeu": FreeU(*two)}),
+        "preset v1": (f"FreeU version 1, {one}", {"freeu": FreeU(*one, version=1)}),
         **({} if searched is None else {
-            "searched": (f"FreeU version 2, {tuple(searched)}, the best of a search", FreeU(*searched))}),
+            "searched": (f"FreeU version 2, {tuple(searched)}, the best of a search", {"freeu": FreeU(*searched)})}),
         "time-gated": (f"FreeU version 2, {two}, b in the first 0.6 of the steps, s from 0.4 of them on",
-                       FreeU(*two, backbone=(0.0, 0.6), skip=(0.4, 1.0))),
-        "Skip-Tuning 0.8": ("skips times 0.8 (deepest) to 1", FreeU(skip_scale=skip_tuning(0.8))),
-        "Skip-Tuning 0.9": ("skips times 0.9 (deepest) to 1", FreeU(skip_scale=skip_tuning(0.9))),
-        "ScaleLong 0.95": ("skips times 0.95 to the power of depth", FreeU(skip_scale=scale_long(0.95)))}
-    return [Arm(name, text, {"freeu": freeu}) for name, (text, freeu) in table.items()]
+                       {"freeu": FreeU(*two, backbone=(0.0, 0.6), skip=(0.4, 1.0))}),
+        "Skip-Tuning 0.8": ("skips times 0.8 (deepest) to 1", {"skips": SkipTuning(0.8)}),
+        "Skip-Tuning 0.9": ("skips times 0.9 (deepest) to 1", {"skips": SkipTuning(0.9)}),
+        "ScaleLong 0.95": ("skips times 0.95 to the power of depth", {"skips": ScaleLong(0.95)})}
+    return [Arm(name, *what) for name, what in table.items()]
 
 
 def measure(sd: StableDiffusion, results: Results, table: list[Arm], settings: Row, n: int, seed: int) -> None:

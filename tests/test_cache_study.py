@@ -1,31 +1,21 @@
 """lab/cache_study.py: watching changes nothing and sees every unit, and one small run leaves its files and resumes."""
 import json
-import sys
 
 import pytest
 import torch
+from conftest import NARROW, UNETS, randn
 
-from folder import InputError
 from lab import cache_study, evaluate
-from lab.cache_study import Watching, arms
-from sampler import generate
-from unet import UNet, UNetConfig
-
-NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from lab.cache_study import Watch, arms, main
+from sampler import Condition, generate, plan
+from unet import CONFIGS
 
 
 def test_watching_changes_nothing_and_sees_every_unit_at_every_step():
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        unet = UNet(NARROW).requires_grad_(False)
-    arguments, watching = (unet, randn(2, 4, 8, 8), randn(2, 5, 8), randn(2, 5, 8, seed=1), 4), Watching(2)
-    plain, seen = ([x for _, x in generate(*arguments, cache=cache)] for cache in (None, watching))
+    unet, watch = UNETS[NARROW], Watch(2)
+    arguments = (unet, randn(2, 4, 8, 8), Condition(randn(2, 5, 8)), Condition(randn(2, 5, 8, seed=1)), plan("ddim", 4))
+    plain, seen = ([x for _, x in generate(*arguments, cache=cache)] for cache in (None, watch))
     assert all(torch.equal(a, b) for a, b in zip(plain, seen))
-    watch = watching.watch
     assert set(watch.size) == {(i, unit) for i in range(4) for unit in range(25)}
     assert set(watch.moved) == {(i, unit) for i in range(1, 4) for unit in range(25)}
     convolved = [unet.conv_in(x) for x in (randn(2, 4, 8, 8), plain[0])]           # what conv_in saw at steps 0 and 1
@@ -38,19 +28,17 @@ def test_every_arm_fits_into_runs_from_20_steps_on_and_every_base_is_one():
         table = arms(steps)
         for arm in table.values():
             assert arm.base in table
-            if "cache" in arm.settings:
-                assert arm.settings["cache"].key_steps(steps)[0] == 0
+            for name in {"cache", "tgate"} & arm.settings.keys():
+                arm.settings[name].check(CONFIGS["tiny"], steps)
     assert list(table)[0] == "base" and table["base"].settings == {}
 
 
-def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_path, monkeypatch, capsys):
+def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_path, monkeypatch, command):
     pytest.importorskip("matplotlib", reason="the plots need matplotlib (requirements-dev.txt)")
 
-    def run(*flags) -> None:
-        monkeypatch.setattr(sys, "argv", ["cache_study", "--out", str(tmp_path), "--steps", "20", "--n", "2",
-                                          "--images", "1", "--rounds", "1", "--only", "b1 N10", *flags])
-        cache_study.main()
-    run("--curves", "--measure")
+    flags = ("--out", tmp_path, "--steps", 20, "--n", 2, "--images", 1, "--rounds", 1, "--only", "b1 N10", "--curves",
+             "--measure")
+    assert command(main, *flags)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"cache.json", "curves.png", "quality.png", "pictures.png"}
     numbers = json.loads((tmp_path / "cache.json").read_text())
     assert set(numbers["measure"]) == {"base", "FreeU", "DeepCache b1 N10"}
@@ -59,11 +47,9 @@ def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_pat
     assert len(numbers["figures"]["curves"]["encoder, mid"]["moved"]) == 19
     monkeypatch.setattr(evaluate, "measure", None)
     monkeypatch.setattr(cache_study, "curves", None)
-    run("--curves", "--measure")
-    assert "DeepCache b1 N10" in capsys.readouterr().out
+    assert "DeepCache b1 N10" in command(main, *flags)[1]
 
 
-def test_too_few_steps_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["cache_study", "--steps", "10", "--out", str(tmp_path)])
-    with pytest.raises(InputError, match="20 or more"):
-        cache_study.main()
+def test_too_few_steps_are_named(tmp_path, command):
+    code, _, err = command(main, "--steps", 10, "--out", tmp_path)
+    assert code == 2 and "20 or more" in err

@@ -1,37 +1,35 @@
 """lab/freeu_study.py: the amplitude's known values, looking changes nothing, the search, and one small run."""
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make, randn, seeded
 
 from folder import TINY
 from freeu import FreeU, damp_low_frequencies
 from lab import freeu_study
 from lab.evaluate import mixed_prompts
-from lab.freeu_study import ChannelChoice, Plain, Recorder, Runs, arms, relative_log_amplitude
+from lab.freeu_study import ChannelChoice, Plain, Recorder, Runs, arms, main, relative_log_amplitude
 from lab.study import Results
-from txt2img import StableDiffusion
+from sampler import Condition, generate, plan
+from stable_diffusion import StableDiffusion
 from unet import UNet, UNetConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-NARROW = UNetConfig(channels=(8, 16, 32, 32), depth=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_dim=16, groups=8)
+WIDER = UNetConfig(channels=(8, 16, 32, 32), depth=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_dim=16, groups=8)
 
 
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="module")
+def one_step():
+    """A run of one step under anything that can stand in FreeU's place -> its latents."""
+    unet = make(UNet, WIDER)
 
-
-def unet_call(freeu) -> torch.Tensor:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet(NARROW)
-    with torch.no_grad():
-        return unet(randn(4, 4, 16, 16), 500, randn(4, 5, 16, seed=1), freeu=freeu)
+    def run(freeu) -> torch.Tensor:
+        *_, (_, x) = generate(unet, randn(4, 4, 16, 16), Condition(randn(4, 5, 16, seed=1)), None, plan("ddim", 1),
+                              freeu=freeu)
+        return x
+    return run
 
 
 # ------------------------------------------------------------------------------------------------------- amplitude
@@ -66,7 +64,7 @@ def test_the_skip_filter_lifts_the_whole_relative_curve_by_damping_the_mean():
 
 
 def test_the_two_bands_sum_to_the_image_and_constant_images_have_no_high_band():
-    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 32, 48, generator=seeded(0)[0])
     low, high = freeu_study.bands(images)
     assert (low + high - images).abs().max() < 1e-6 and high.mean().abs() < 1e-6
     assert freeu_study.bands(torch.ones(1, 3, 16, 16))[1].abs().max() < 1e-6
@@ -75,11 +73,10 @@ def test_the_two_bands_sum_to_the_image_and_constant_images_have_no_high_band():
 # ------------------------------------------------------------------------------------------------ in FreeU's place
 
 @pytest.mark.parametrize("inner", [None, FreeU(1.5, 1.6, 0.9, 0.2)])
-def test_the_recorder_changes_nothing_and_sees_every_layer(inner):
+def test_the_recorder_changes_nothing_and_sees_every_layer(inner, one_step):
     recorder = Recorder(inner, images=2)
-    now = recorder.at(0.0)
-    assert torch.equal(unet_call(now), unet_call(inner))
-    (met,) = recorder.steps
+    assert torch.equal(one_step(recorder), one_step(inner))
+    (met,) = recorder.calls
     assert [m.skip.mean.shape[0] for m in met] == [2] * 3 + [4] * 3 + [8] * 3 + [16] * 3
     changed = [m.entering.norm != m.backbone.norm for m in met]
     assert changed == ([False] * 12 if inner is None else [True] * 10 + [False] * 2)
@@ -91,28 +88,28 @@ def test_recording_a_whole_run_keeps_each_step_and_the_same_latents():
     settings = {"steps": 2, "cfg_scale": 4.0}
     assert torch.equal(sd.sample(prompts, freeu=recorder, **settings),
                        sd.sample(prompts, freeu=recorder.inner, **settings))
-    assert [len(step) for step in recorder.steps] == [12, 12]
+    assert [len(met) for met in recorder.calls] == [12, 12]
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_first_half_of_the_channels_is_freeu_itself(version):
+def test_the_first_half_of_the_channels_is_freeu_itself(version, one_step):
     factors = (1.3, 1.4, 0.9, 0.2, version)
-    assert torch.equal(unet_call(ChannelChoice(*factors, which="first half")), unet_call(FreeU(*factors)))
+    assert torch.equal(one_step(ChannelChoice(*factors, which="first half")), one_step(FreeU(*factors)))
 
 
 @pytest.mark.parametrize("which, chosen", [("all", range(32)), ("first half", range(16)),
                                            ("second half", range(16, 32)), ("every other", range(0, 32, 2))])
 def test_a_choice_of_channels_scales_exactly_those(which, chosen):
     h, skip = randn(2, 32, 4, 4), randn(2, 8, 4, 4, seed=1)
-    got, got_skip = ChannelChoice(1.5, 1.0, which=which)(h, skip, 0, NARROW)
+    got, got_skip = ChannelChoice(1.5, 1.0, 1.0, 1.0, which=which)(h, skip, 0, WIDER)
     expected = torch.stack([h[:, c] * (1.5 if c in chosen else 1.0) for c in range(32)], dim=1)
     assert torch.equal(got, expected) and torch.equal(got_skip, skip)
 
 
-def test_plain_factors_act_in_every_layer():
-    h, skip = Plain(1.2, 0.8)(torch.ones(1, 3, 2, 2), torch.ones(1, 5, 2, 2), 11, NARROW)
+def test_plain_factors_act_in_every_layer(one_step):
+    h, skip = Plain(1.2, 0.8)(torch.ones(1, 3, 2, 2), torch.ones(1, 5, 2, 2), 11, WIDER)
     assert h.eq(1.2).all() and skip.eq(0.8).all()
-    assert torch.equal(unet_call(Plain(1.0, 1.0)), unet_call(None))
+    assert torch.equal(one_step(Plain(1.0, 1.0)), one_step(None))
 
 
 # ---------------------------------------------------------------------------------------------- search and measure
@@ -174,21 +171,16 @@ def test_a_small_run_writes_every_figure_and_measures_what_isnt_there_yet(tmp_pa
     assert len(found["tried"]) == 3 and found["best"] == found["tried"][0][0]
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "lab.freeu_study", *map(str, arguments)], capture_output=True,
-                          text=True, cwd=ROOT)
-
-
-def test_a_model_without_a_judge_is_an_error_of_one_line(tmp_path):
+def test_a_model_without_a_judge_is_an_error_of_one_line(tmp_path, command):
     config = json.loads((TINY / "config.json").read_text()) | {"family": "sd15"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    result = command("--model", tmp_path, "--out", tmp_path / "out", "--measure")
-    assert result.returncode == 2 and "can be judged" in result.stderr and len(result.stderr.splitlines()) == 1
+    code, _, err = command(main, "--model", tmp_path, "--out", tmp_path / "out", "--measure")
+    assert code == 2 and "can be judged" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("--model", "nowhere"), "no model folder nowhere"), (("--steps", "0"), "steps must be 1 to 1000"),
+    (("--model", "nowhere"), "no model folder nowhere"), (("--steps", "2000"), "steps must be 1 to 1000"),
     (("--n", "3"), "--n must be"), (("--device", "nonsense"), "nonsense")])
-def test_bad_input_is_an_error_of_one_line(arguments, words):
-    result = command(*arguments)
-    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+def test_bad_input_is_an_error_of_one_line(arguments, words, command):
+    code, _, err = command(main, *arguments)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
