@@ -1,7 +1,7 @@
-"""Files of weights as people have them, to tensors by name. Nothing in them is run, and nothing is read before its use.
+"""Reads common kinds of weight files as tensors by name. No code in a file is run; a tensor is read only when used.
 
 Start at `read_checkpoint`: a .safetensors file, a pickle (.ckpt, .pt, .pth, .bin), or the folder of one component with
-its file or its shards. `open_safetensors` and `check_names` read strictly what this project has written itself.
+its file or its shards. `open_safetensors` and `check_names` are for the strict reading of this project's own files.
 Checked against files of diffusers 0.42.1, transformers 5.23 and open_clip 3.3.0.
 """
 import contextlib
@@ -36,14 +36,14 @@ class Stored(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """The tensors of a file or folder by name, and the names of its entries that are no tensors."""
+    """The tensors of a file or folder by name, and the names of all entries that are not tensors."""
     path: Path
     tensors: dict[str, Stored]
     others: list[str]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The names, shapes and dtypes of all tensors. InputError where they can't be read safely and completely."""
+    """The names, shapes and dtypes of all tensors. InputError if they can't be read safely and completely."""
     if path.is_dir():
         return read_folder(path)
     if not path.is_file():
@@ -56,12 +56,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """One component of a Hugging Face folder, whatever files it is in."""
+    """One component of a Hugging Face folder, from its one file or all its shards."""
     return joined(folder, [("", read_checkpoint(file)) for file in weight_files(folder)])
 
 
 def joined(path: Path, parts: list[tuple[str, Checkpoint]]) -> Checkpoint:
-    """Several checkpoints as one. Each comes with a prefix for its names."""
+    """Merge checkpoints into one. Each part is (a prefix for its names, the checkpoint)."""
     return Checkpoint(path, {prefix + name: tensor for prefix, part in parts for name, tensor in part.tensors.items()},
                       [prefix + name for prefix, part in parts for name in part.others])
 
@@ -69,7 +69,7 @@ def joined(path: Path, parts: list[tuple[str, Checkpoint]]) -> Checkpoint:
 def read_safetensors(path: Path) -> Checkpoint:
     with open_safetensors(path):                     # an InputError unless it is complete and well-formed
         pass
-    # From here by hand: the library maps the file, and the touched pages of a map count as this program's memory.
+    # The library would map the file, and the pages read from a map count as this process's memory: read it ourselves.
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -90,14 +90,14 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 
 def read_pickle(path: Path) -> Checkpoint:
-    """A file of torch.save. Pickles can run code, so what `weights_only` doesn't allow is never loaded."""
+    """A file of torch.save. Pickles can run code, so only what `weights_only` allows is loaded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")          # it warns of TorchScript, and then refuses it: see below
+            warnings.simplefilter("ignore")          # torch.load warns about TorchScript before it fails: see below
             data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:                       # a damaged pickle can raise anything
-        if "TorchScript" in str(error):              # as OpenAI published CLIP
-            raise InputError(f"{path} is a program of TorchScript, not a file of weights; get this model as a Hugging "
+        if "TorchScript" in str(error):              # the format of OpenAI's CLIP files
+            raise InputError(f"{path} is a TorchScript program, not a weights file; get this model as a Hugging "
                              "Face folder") from None
         refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
         if refused:
@@ -110,7 +110,7 @@ def read_pickle(path: Path) -> Checkpoint:
     tensors = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
                for name, tensor in named.items() if isinstance(tensor, Tensor)}
     if not tensors:
-        raise InputError(f"{path} holds no tensors, so it isn't a model; give a checkpoint")
+        raise InputError(f"{path} holds no tensors; give a model's checkpoint")
     outside = [name for name in data if name != "state_dict"] if named is not data else []
     return Checkpoint(path, tensors, [str(name) for name in [*outside, *named] if name not in tensors])
 
@@ -136,7 +136,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def json_object(path: Path) -> Iterator[dict[str, Any]]:
-    """A JSON file while the block reads it; entries that are absent or of the wrong kind become an InputError."""
+    """Gives a JSON file's contents to the block; missing entries and entries of a wrong kind become an InputError."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except InputError:
@@ -151,7 +151,7 @@ def json_object(path: Path) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_safetensors(path: Path, remedy: str = "convert the model again") -> Iterator[Any]:
-    """A safetensors file, mapped; InputError where it is absent, cut short or something else."""
+    """Opens a safetensors file, memory-mapped; InputError if it is missing, truncated or of another format."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; {remedy}")
     try:
@@ -163,7 +163,7 @@ def open_safetensors(path: Path, remedy: str = "convert the model again") -> Ite
 
 
 def check_names(have: list[str], wanted: list[str], where: str) -> None:
-    """InputError for the first name too many or too few, with the nearest known one."""
+    """InputError for unknown or missing names. It shows the first, and the known name most similar to an unknown one."""
     missing, unknown = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
     if unknown:
         raise InputError(f"{where} has {len(unknown)} tensors that this model doesn't know, the first is "
@@ -173,6 +173,6 @@ def check_names(have: list[str], wanted: list[str], where: str) -> None:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint for an unknown name, to be appended to a message."""
+    """The most similar known name, as a hint to append to a message about an unknown name."""
     found = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {found[0]}?)" if found else ""
