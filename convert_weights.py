@@ -1,12 +1,12 @@
-"""Checkpoints of Stable Diffusion 1.x, 2.x and SDXL, as people have them, to the folder that `txt2img.py` loads.
+"""Converts the published kinds of Stable Diffusion 1.x, 2.x and SDXL checkpoints to the folder that `txt2img.py` loads.
 
     python convert_weights.py SOURCE OUT_DIR
     python convert_weights.py SOURCE OUT_DIR --reward hps      (or imagereward, clip)
 
 SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`. With
---reward it is a model that judges pictures (`reward.py`): start at `convert_reward`. `checkpoint.py` reads the files.
-For each tensor that our modules have, `find` says where it lies in the source and what to do to it: names are made
-from our side, so what is missing and what nobody knows are two set differences. One tensor at a time is in memory.
+--reward it is a reward model (`reward.py`): start at `convert_reward`. `checkpoint.py` reads the files.
+For each tensor of our modules, `find` gives its name in the source and the transform it needs. Missing and unknown
+tensors are then two differences of sets of names. Only one tensor at a time is in memory.
 Checked against the names and shapes of the published models, diffusers 0.42.1, transformers 5.23, open_clip 3.3.0.
 """
 import argparse
@@ -42,7 +42,7 @@ from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-# What single files are, since they carry no configuration.
+# The configurations of single files, which don't contain any.
 FAMILIES = {
     "sd15": ModelConfig("sd15", "epsilon", 512, NoiseSchedule(), unet.CONFIGS["sd15"], VAEConfig(),
                         clip_text.CONFIGS["vit-l"]),
@@ -52,7 +52,7 @@ FAMILIES = {
                         VAEConfig(scaling=0.13025, force_upcast=True), clip_text.CONFIGS["vit-l-penultimate"],
                         clip_text.CONFIGS["bigg"], zero_negative=True),
 }
-# What is in a reward's folder, by component. HPSv2 and ImageReward are of one size; of other CLIPs a file doesn't tell.
+# The configurations of a reward's components. HPSv2 and ImageReward have one size; other CLIP files don't state theirs.
 REWARDS = {
     "hps": {"text_encoder": replace(clip_text.CONFIGS["vit-h"], layers=24, projection=1024),
             "image_encoder": reward.CONFIGS["vit-h"]},
@@ -60,18 +60,18 @@ REWARDS = {
 }
 MODULES = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": TextEncoder,
            "image_encoder": ImageEncoder, "image_reward": RewardModel}
-# What a checkpoint may hold and no model here reads.
+# Tensors that a checkpoint may contain and no model here uses.
 IGNORED = (
-    "model_ema.*",                                                           # averaged weights: see --ema
+    "model_ema.*",                                                           # averaged (EMA) weights: see --ema
     "betas", "*alphas_cumprod*", "posterior_*", "denoiser.sigmas",           # tables of the noise schedule
-    "scale_factor", "logvar", "first_stage_model.loss.*", "first_stage_model.model_ema.*",     # left from training
+    "scale_factor", "logvar", "first_stage_model.loss.*", "first_stage_model.model_ema.*",     # only for training
     "*.position_ids", "*.attn_mask", "*logit_scale",                         # constants, a loss's temperature
     "*text_projection", "*text_projection.weight",                           # where no pooled vector is used
 )
 REWARD_IGNORED = (
-    "logit_scale",                                                           # scores are cosines, without it
+    "logit_scale",                                                           # scores are cosines, without this factor
     "*position_ids", "attn_mask",                                            # constants
-    "blip.vision_proj.*", "blip.text_proj.*",                                # BLIP's own matching; ImageReward has none
+    "blip.vision_proj.*", "blip.text_proj.*",                                # BLIP's own matching; ImageReward lacks it
 )
 
 
@@ -82,19 +82,19 @@ class Origin(NamedTuple):
 
 
 class Match(NamedTuple):
-    """What `match` finds: by component and name, a tensor's origin and shape; and what is left out, by which rule."""
+    """origins: each tensor's origin and shape, by component and name. dropped: unused names, with the rule for each."""
     origins: dict[str, dict[str, tuple[Origin, torch.Size]]]
     dropped: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `convert` or `convert_reward` did. Its text is what the command prints at the end."""
+    """What `convert` or `convert_reward` did. The command prints it as text at the end."""
     out_dir: Path
     what: str                          # the model, in a few words
-    counts: dict[str, Counter[str]]    # by component: how many "tensors", and of these "renamed", "transformed"
-    dropped: dict[str, str]            # what was left out, by name: the rule that says so
-    unused_ema: bool = False           # the file also holds averaged weights
+    counts: dict[str, Counter[str]]    # by component: how many "tensors", how many "renamed", "transformed"
+    dropped: dict[str, str]            # by name: the rule by which a tensor was left out
+    unused_ema: bool = False           # the file also holds averaged (EMA) weights
 
     def __str__(self) -> str:
         lines = [f"{self.out_dir}: {self.what}"]
@@ -103,7 +103,7 @@ class Summary:
         runs = Counter(self.dropped.values())
         names = {f"{rule} ({runs[rule]})" if runs[rule] > 3 else name for name, rule in self.dropped.items()}
         lines.append(f"dropped {len(self.dropped)}{': ' if names else ''}{', '.join(sorted(names))}")
-        lines.append("left 0")         # anything else has been an error
+        lines.append("left 0")         # an unknown tensor has raised InputError
         if self.unused_ema:
             lines.append("note: these are the plain weights; the file also holds averaged ones, see --ema")
         return "\n".join(lines)
@@ -115,10 +115,10 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
     """Write the model folder out_dir from a Hugging Face folder or a single file; on an error leave nothing there.
 
     prediction: "epsilon" or "v"; None: what the source's scheduler says (an SD 2.x file says nothing: InputError)
-    ema: take the averaged U-Net of a single file. dtype: of the written weights; None: as stored
+    ema: use a single file's averaged (EMA) U-Net. dtype: that of the written weights; None: as stored
     tokenizer: a folder with vocab.json and merges.txt, or tokenizer.json; or bpe_simple_vocab_16e6.txt.gz;
-        None: the source's own. config: a Hugging Face folder whose config files to use instead of the source's
-    Raises InputError for everything that a person can get wrong.
+        None: the source's own. config: a Hugging Face folder whose config files replace the source's
+    Raises InputError for all kinds of wrong input.
     """
     source, out_dir = Path(source), Path(out_dir)
     check_empty(out_dir)
@@ -133,7 +133,7 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
         family = detect(given)
         model = family_config(family, prediction, source) if config is None else hf_config(configs, prediction)
         if model.family != family:
-            raise InputError(f"{source} is {family}, but {config} describes {model.family}; give its configs")
+            raise InputError(f"{source} is {family}, but {config} describes {model.family}; give matching config files")
         parts, layout = components(configs_of(model)), single_file_layout(model)
 
     if ema and not any(name.startswith("model_ema.diffusion_model") for name in given.tensors):
@@ -155,15 +155,15 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
     kind: "hps", the file HPS_v2.1_compressed.pt; "imagereward", the file ImageReward.pt; "clip", a Hugging Face folder
         of a CLIP, or a file of OpenCLIP
     tokenizer: as for `convert`; for ImageReward, BERT's vocab.txt or tokenizer.json, or their folder
-    config: for a file of OpenCLIP, the open_clip_config.json that says what the towers are. dtype: as for `convert`
-    Raises InputError for everything that a person can get wrong.
+    config: for a file of OpenCLIP, the open_clip_config.json that describes its towers. dtype: as for `convert`
+    Raises InputError for all kinds of wrong input.
     """
     source, out_dir = Path(source), Path(out_dir)
     check_empty(out_dir)
     if config is not None and (source.is_dir() or kind == "imagereward"):
         raise InputError("--config is for files of OpenCLIP: leave it out")
     if source.is_dir() and kind != "clip":
-        raise InputError(f"{source} is a folder; give the file that was published, such as "
+        raise InputError(f"{source} is a folder; give the published file, such as "
                          f"{'ImageReward.pt' if kind == 'imagereward' else 'HPS_v2.1_compressed.pt'}")
     if source.is_dir():
         configs, given = hf_clip(source), read_folder(source)
@@ -171,7 +171,7 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
         given = read_checkpoint(source)
         check_kind(given, kind)
         if kind == "clip" and config is None:
-            raise InputError(f"{source} doesn't tell how many heads its towers have; give the model's "
+            raise InputError(f"{source} doesn't say how many heads its towers have; give the model's "
                              "open_clip_config.json with --config")
         configs = REWARDS[kind] if config is None else openclip_config(Path(config))
     parts = components(configs)
@@ -190,7 +190,7 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
         *read_vocabulary(words))
     size, knows = built.get_vocab_size(), next(iter(configs.values())).vocab
     if size != knows:
-        raise InputError(f"{words} has {size} tokens, but the text tower {knows}; pass the model's own --tokenizer")
+        raise InputError(f"{words} has {size} tokens, but the text tower has {knows}; pass the model's own --tokenizer")
     total = sum(math.prod(shape) for part in found.origins.values() for _, shape in part.values())
     return write_folder(out_dir, given, found, built, configs, dtype, f"{kind}, {total:,} parameters")
 
@@ -201,31 +201,31 @@ def check_empty(out_dir: Path) -> None:
 
 
 def configs_of(model: ModelConfig) -> dict[str, Any]:
-    """The configurations of the parts that a model has, by name."""
+    """The configurations of a model's components, by name."""
     configs = {part: getattr(model, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
     return {part: config for part, config in configs.items() if config is not None}
 
 
 def components(configs: dict[str, Any]) -> dict[str, nn.Module]:
-    """Parts of a model or reward on the meta device: their names and shapes are what must be written."""
+    """The modules of a model or reward, on the meta device: the tensors to write have their names and shapes."""
     try:
         with torch.device("meta"):
             return {part: MODULES[part](config) for part, config in configs.items()}
     except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"the config files describe no model that can be built ({error}); check them") from None
+        raise InputError(f"no model can be built from the config files ({error}); check them") from None
 
 
 def ignored_by(model: ModelConfig, ema: bool = False) -> list[str]:
-    """What a checkpoint of this model may hold and the model doesn't read: SD 2.x, for one, skips the last layer."""
+    """Patterns of names that a checkpoint may contain and this model doesn't use, such as SD 2.x's last text layer."""
     return [*IGNORED, f"cond_stage_model.model.transformer.resblocks.{model.text_encoder.layers}.*",
             *(["model.diffusion_model.*"] if ema else [])]
 
 
 def match(parts: dict[str, nn.Module], layout: dict[str, tuple[str, dict[str, str]]], given: Checkpoint,
           ignored: Iterable[str], remedy: str, ema: bool = False) -> Match:
-    """The origin of every tensor; InputError for one that is absent, unknown, quantised or of another shape.
+    """The origin of every tensor; InputError for one that is missing, unknown, quantised or of a wrong shape.
 
-    layout: by component, what its names begin with in the source, and the names that differ. remedy: for another shape
+    layout: by component, its names' prefix in the source, and names that differ. remedy: advice for a wrong shape
     """
     origins = {part: {name: (find(name, *layout[part], given.tensors), tensor.shape)
                       for name, tensor in module.state_dict().items()} for part, module in parts.items()}
@@ -246,7 +246,7 @@ OTHER_WIDTHS = "if this is a model with other widths, give its config files with
 
 
 def check_tensor(origin: Origin, given: Checkpoint, shape: torch.Size, remedy: str) -> None:
-    """InputError unless the stored tensor holds floating point numbers and, transformed, gets the wanted shape."""
+    """InputError unless the stored tensor is floating point and its transform gives it the wanted shape."""
     have = given.tensors[origin.key]
     if have.dtype not in FLOATS.values():
         raise InputError(f"{given.path}: {origin.key} is not floating point; get a version that isn't quantised")
@@ -262,7 +262,7 @@ def check_tensor(origin: Origin, given: Checkpoint, shape: torch.Size, remedy: s
 # ---- what the source is ----
 
 def detect(given: Checkpoint) -> str:
-    """The family of a single file, from its names; InputError where it is something else."""
+    """The family of a single file, from its tensors' names; InputError if it is something else."""
     def has(text: str) -> bool:
         return any(text in name for name in given.tensors)
 
@@ -286,7 +286,7 @@ def detect(given: Checkpoint) -> str:
 
 
 def check_kind(given: Checkpoint, kind: str) -> None:
-    """InputError unless the names of a file are those of this kind of reward."""
+    """InputError unless a file has the tensor names of this kind of reward."""
     marks = {"ln_final.weight": ("hps", "clip"), "blip.visual_encoder.cls_token": ("imagereward",)}
     if any(kind in kinds and name in given.tensors for name, kinds in marks.items()):
         return
@@ -303,27 +303,27 @@ def check_kind(given: Checkpoint, kind: str) -> None:
 def check_inputs(channels: int, where: Path) -> None:
     kinds = {5: "a depth-to-image model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
     if channels in kinds:
-        raise InputError(f"{where} is of {kinds[channels]} ({channels} input channels), which isn't supported; "
+        raise InputError(f"{where} belongs to {kinds[channels]} ({channels} input channels), which isn't supported; "
                          f"give a text-to-image model")
 
 
 def family_config(family: str, prediction: str | None, source: Path) -> ModelConfig:
     if family == "sd21" and prediction is None:
-        raise InputError(f"{source} is of the SD 2.x family, whose weights don't tell what the U-Net predicts; "
+        raise InputError(f"{source} is of the SD 2.x family, whose weights don't show what the U-Net predicts; "
                          f"pass --prediction v (768-pixel models) or --prediction epsilon (512-pixel base models)")
     model = replace(FAMILIES[family], prediction=prediction or FAMILIES[family].prediction)
     return replace(model, size=512) if (family, prediction) == ("sd21", "epsilon") else model
 
 
 def require(path: Path, data: dict[str, Any], **wanted: Any) -> None:
-    """InputError where a config says something that our modules don't do. An absent entry is as wanted."""
+    """InputError if a config asks for something that our modules don't do. A missing entry counts as the wanted one."""
     for name, value in wanted.items():
         if data.get(name, value) != value:
             raise InputError(f"{path}: {name} is {data[name]!r}, only {value!r} is supported; use another model")
 
 
 def hf_config(folder: Path, prediction: str | None) -> ModelConfig:
-    """The config files of a Hugging Face folder as ours. The pad ids stay the family's: see `with_pads`."""
+    """Our config, from those of a Hugging Face folder. It has the family's pad ids until `with_pads` sets its own."""
     if not (folder / "unet").is_dir():
         transformer = (folder / "transformer").is_dir()
         has = "a transformer (Stable Diffusion 3, Flux)" if transformer else "no folder unet"
@@ -349,7 +349,7 @@ def hf_config(folder: Path, prediction: str | None) -> ModelConfig:
 
 
 def hf_unet(path: Path) -> tuple[UNetConfig, int | None]:
-    """unet/config.json, and the native latent size that stands there too."""
+    """Our config from unet/config.json, and the native latent size, which that file states too."""
     with json_object(path) as data:
         check_inputs(data["in_channels"], path)
         channels, kinds = data["block_out_channels"], data["down_block_types"]
@@ -394,11 +394,11 @@ def hf_vae(path: Path) -> VAEConfig:
 
 TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
               "intermediate_size")                   # in the order of TextConfig
-IMAGE_SIZES = ("image_size", "patch_size", *TEXT_SIZES[2:])            # and of ImageConfig
+IMAGE_SIZES = ("image_size", "patch_size", *TEXT_SIZES[2:])            # in the order of ImageConfig
 
 
 def hf_text(path: Path, usual: TextConfig) -> TextConfig:
-    """text_encoder/config.json. What the U-Net reads of the encoder isn't written there: as `usual` has it."""
+    """Our config from text_encoder/config.json. Which output the U-Net uses isn't stated there: `usual` decides."""
     with json_object(path) as data:
         gelu = "gelu" if data["hidden_act"] == "gelu" else "quick_gelu"
         require(path, data, model_type="clip_text_model", layer_norm_eps=1e-5, hidden_act=gelu)
@@ -407,7 +407,7 @@ def hf_text(path: Path, usual: TextConfig) -> TextConfig:
 
 
 def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
-    """config.json of the Hugging Face folder of a CLIP. What it leaves out is as in transformers' classes."""
+    """Our configs from config.json of a CLIP's Hugging Face folder. Missing entries have transformers' defaults."""
     path, both = folder / "config.json", {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     usual_text = both | dict(zip(TEXT_SIZES, (49408, 77, 512, 12, 8, 2048)))
     usual_image = both | dict(zip(IMAGE_SIZES, (224, 32, 768, 12, 12, 3072)))
@@ -436,7 +436,7 @@ def check_heads(*towers: TextConfig | ImageConfig) -> None:
 
 
 def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
-    """open_clip_config.json of a model on the Hugging Face hub, or a file of OpenCLIP's model_configs."""
+    """Our configs from a Hugging Face model's open_clip_config.json, or from a file of OpenCLIP's model_configs."""
     with json_object(path) as data:
         colors, model = data.get("preprocess_cfg", {}), data.get("model_cfg", data)
         text, image = model["text_cfg"], model["vision_cfg"]
@@ -459,7 +459,7 @@ def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
 
 
 def hf_schedule(path: Path) -> tuple[NoiseSchedule, str]:
-    """The scheduler's config, and what the U-Net predicts. Absent entries are as in diffusers' DDIMScheduler."""
+    """Our schedule, and what the U-Net predicts. Missing entries have the defaults of diffusers' DDIMScheduler."""
     with json_object(path) as data:
         require(path, data, beta_schedule="scaled_linear", trained_betas=None, rescale_betas_zero_snr=False)
         stated = data.get("prediction_type", "epsilon")
@@ -474,20 +474,20 @@ def hf_schedule(path: Path) -> tuple[NoiseSchedule, str]:
 # ---- where each tensor comes from ----
 
 def find(name: str, prefix: str, names: dict[str, str], stored: dict[str, Stored]) -> Origin:
-    """The origin of our tensor `name` in a component whose names begin with `prefix` and differ by `names`."""
+    """The origin of our tensor `name`. prefix: what the source's names begin with; names: from ours to theirs."""
     head, rest = name, ""
     while head and head not in names:                # the longest part of the name that the table knows
         head, _, last = head.rpartition(".")
         rest = f".{last}{rest}"
     key = names[head] + rest if head else name
-    old = key                                        # autoencoders saved before diffusers 0.18
+    old = key                                        # names in autoencoders saved before diffusers 0.18
     for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         old = old.replace(f".{ours}.", f".{theirs}.")
-    bare = key.removeprefix("text_model.")           # text encoders saved by transformers 5.6 and later
+    bare = key.removeprefix("text_model.")           # names in text encoders saved by transformers 5.6 and later
     key = next((prefix + k for k in (key, old, bare) if prefix + k in stored), prefix + key)
     if ".attn.in_proj_" in key:                      # OpenCLIP holds queries, keys and values in one tensor
         return Origin(key, partial(third, "qkv".index(name.split(".self_attn.")[1][0])))
-    if key.split(".")[-1] in ("text_projection", "proj"):                    # used as x @ text_projection there
+    if key.split(".")[-1] in ("text_projection", "proj"):                    # stored transposed
         return Origin(key, torch.t)
     if name.startswith(("encoder.mid_block.attentions.", "decoder.mid_block.attentions.")):
         if key in stored and len(stored[key].shape) > 2:                     # a 1x1 convolution: linear here
@@ -500,7 +500,7 @@ def third(i: int, x: Tensor) -> Tensor:
 
 
 def single_file_layout(model: ModelConfig) -> dict[str, tuple[str, dict[str, str]]]:
-    """By component: what its names begin with in the original layout, and our modules' names there."""
+    """By component: the prefix of its names in the original layout, and a table from our modules' names to those."""
     layout = {"unet": ("model.diffusion_model.", unet_names(model.unet)),
               "vae": ("first_stage_model.", vae_names(model.vae))}
     if model.family == "sd15":
@@ -514,7 +514,7 @@ def single_file_layout(model: ModelConfig) -> dict[str, tuple[str, dict[str, str
 
 
 def unet_names(config: UNetConfig) -> dict[str, str]:
-    """Our modules: the original code's, which counts all layers on the way down (and up) in one row."""
+    """Our modules' names to the original code's, which numbers the encoder's (and the decoder's) layers in sequence."""
     names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
              "conv_in": "input_blocks.0.0", "mid_block.attentions.0": "middle_block.1",
@@ -537,7 +537,7 @@ def unet_names(config: UNetConfig) -> dict[str, str]:
 
 
 def vae_names(config: VAEConfig) -> dict[str, str]:
-    """Our modules: the original code's, which counts the decoder's levels from the image side."""
+    """Our modules' names to the original code's, which numbers the decoder's levels from the image side."""
     names, resnets = {}, {}
     for i in range(len(config.channels)):
         down, up = f"encoder.down.{i}", f"decoder.up.{len(config.channels) - 1 - i}"
@@ -557,7 +557,7 @@ def vae_names(config: VAEConfig) -> dict[str, str]:
 
 
 def openclip_names(config: TextConfig) -> dict[str, str]:
-    """Our modules: OpenCLIP's. The tensors that differ by more than a name are dealt with in `find`."""
+    """Our modules' names to OpenCLIP's. `find` handles tensors that differ by more than their names."""
     names = {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
              "text_model.embeddings.position_embedding.weight": "positional_embedding",
              "text_projection.weight": "text_projection"}
@@ -583,7 +583,7 @@ def openclip_layers(ours: str, theirs: str, layers: int) -> dict[str, str]:
 # ---- the tokenizer ----
 
 def read_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens and merges: of a tokenizer folder, or of OpenAI's file, which implies the tokens by its merges."""
+    """Tokens and merges of a tokenizer folder, or of OpenAI's file, whose merges imply the tokens."""
     if path.is_file():
         vocab, merges = openai_vocabulary(path)
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
@@ -600,17 +600,17 @@ def read_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
                          f"merges.txt (any Stable Diffusion folder has them), or bpe_simple_vocab_16e6.txt.gz")
     fits = all(len(m) == 2 and {*m, "".join(m)} <= vocab.keys() for m in merges)
     if not fits or "<|startoftext|>" not in vocab or vocab.get("<|endoftext|>") != len(vocab) - 1:
-        raise InputError(f"{path} is not CLIP's tokenizer (merges that don't fit the vocabulary, or which doesn't "
-                         f"end with <|endoftext|>); give the model's own")
+        raise InputError(f"{path} is not CLIP's tokenizer (its merges don't fit its vocabulary, or "
+                         f"<|endoftext|> isn't its last token); give the model's own")
     return vocab, merges
 
 
 def openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """256 bytes, the same at the end of a word, the first 48,894 merges of the file, and two special tokens."""
+    """Its tokens: 256 bytes, the same 256 at a word's end, the file's first 48,894 merges and two special tokens."""
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path} isn't a sound bpe_simple_vocab_16e6.txt.gz ({error}); get it again") from None
+        raise InputError(f"{path} isn't a readable bpe_simple_vocab_16e6.txt.gz ({error}); download it again") from None
     merges = [tuple(line.split()) for line in lines[1:48_895]]               # the first line is a version
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]     # bytes shown as they are; others last
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
@@ -620,9 +620,9 @@ def openai_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]
 
 
 def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """CLIP's tokenizer. "!" is a token like any other, as in OpenCLIP.
+    """CLIP's tokenizer. "!" is an ordinary token, as in OpenCLIP.
 
-    Where the published tokenizer pads with "!" (SD 2.x, SDXL's second), transformers reads every "!" as padding.
+    This differs from transformers where "!" is the pad token (SD 2.x, SDXL's second): it reads any "!" as padding.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE(
         vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", fuse_unk=False))
@@ -638,7 +638,7 @@ def build_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tok
 
 
 def read_word_pieces(path: Path) -> dict[str, int]:
-    """BERT's vocabulary: vocab.txt, a piece in each line, or tokenizer.json, or a folder with one of these."""
+    """BERT's vocabulary from vocab.txt (one word piece per line), tokenizer.json, or a folder with one of these."""
     if path.is_dir():
         path = next((path / name for name in ("vocab.txt", "tokenizer.json") if (path / name).is_file()), path)
     if not path.is_file():
@@ -654,8 +654,8 @@ def read_word_pieces(path: Path) -> dict[str, int]:
         except (OSError, ValueError) as error:
             raise InputError(f"{path} isn't a text file ({error}); get the vocab.txt of bert-base-uncased") from None
     if not {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} <= vocab.keys():
-        raise InputError(f"{path} is not BERT's vocabulary (it has no [CLS] and its like); get the vocab.txt of "
-                         "bert-base-uncased")
+        raise InputError(f"{path} is not BERT's vocabulary (special tokens such as [CLS] are missing); get the "
+                         "vocab.txt of bert-base-uncased")
     return vocab
 
 
@@ -670,13 +670,13 @@ def build_word_pieces(vocab: dict[str, int]) -> tokenizers.Tokenizer:
 
 
 def with_pads(model: ModelConfig, vocab: dict[str, int], folder: Path) -> ModelConfig:
-    """The pad id of each text encoder. Where SD 2.1's two tokenizer files differ, the special tokens win."""
+    """Set each text encoder's pad id. Where SD 2.1's two tokenizer files differ, special_tokens_map.json wins."""
     for part, place in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         text, token = getattr(model, part), None
         if text is None:
             continue
         if text.vocab != len(vocab):
-            raise InputError(f"the tokenizer has {len(vocab)} tokens, but {part} {text.vocab}; pass the model's "
+            raise InputError(f"the tokenizer has {len(vocab)} tokens, but {part} has {text.vocab}; pass the model's "
                              f"own --tokenizer")
         pad = vocab["<|endoftext|>"] if text.pad else 0
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -692,7 +692,7 @@ def with_pads(model: ModelConfig, vocab: dict[str, int], folder: Path) -> ModelC
 
 def write_folder(out_dir: Path, given: Checkpoint, found: Match, tokenizer: tokenizers.Tokenizer, config: Any,
                  dtype: torch.dtype | None, what: str) -> Summary:
-    """Write all files of a model or reward, or none of them where an error comes. what: the model, in a few words"""
+    """Write all files of a model or reward, or none if there is an error. what: the model, in a few words"""
     with new_folder(out_dir) as out:
         for part, origins in found.origins.items():
             write_safetensors(out / f"{part}.safetensors", origins, given, dtype)
@@ -712,7 +712,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         if path.is_dir():
-            path.rmdir()                             # it is empty, and some systems don't rename onto a folder
+            path.rmdir()                             # it is empty; some systems can't rename onto a folder
         part.rename(path)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}); choose another OUT_DIR") from None
@@ -722,7 +722,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def write_safetensors(path: Path, origins: dict[str, tuple[Origin, torch.Size]], given: Checkpoint,
                       dtype: torch.dtype | None) -> None:
-    """One component: the header first, from what is known without reading, then tensor after tensor."""
+    """Write one component: the header, which needs only names, shapes and dtypes, then the tensors one by one."""
     dtypes = {name: dtype or given.tensors[origin.key].dtype for name, (origin, _) in origins.items()}
     codes = {dtype: code for code, dtype in FLOATS.items()}
     names = sorted(origins, key=lambda name: (-dtypes[name].itemsize, name))     # widest first keeps all aligned
@@ -744,22 +744,22 @@ def write_safetensors(path: Path, origins: dict[str, tuple[Origin, torch.Size]],
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=HelpFormatter, description=
-                                     "Convert a Stable Diffusion checkpoint, or with --reward what judges pictures, to "
-                                     "the folder that txt2img.py loads.")
+                                     "Convert a Stable Diffusion checkpoint, or with --reward a reward model, to the "
+                                     "folder that txt2img.py loads.")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="Hugging Face folder, .safetensors or .ckpt file")
-    add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write; new, or empty")
+    add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write, new or empty")
     add("--prediction", choices=["epsilon", "v"],
-        help="what the U-Net predicts; SD 2.x files need it (768-pixel models: v, 512-pixel base models: epsilon)")
-    add("--ema", action="store_true", help="take the averaged U-Net of a single file")
+        help="what the U-Net predicts; needed for SD 2.x files (768-pixel models: v, 512-pixel base models: epsilon)")
+    add("--ema", action="store_true", help="use a single file's averaged (EMA) U-Net")
     add("--tokenizer", type=Path,
-        help="single files need it: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the written weights (default: as stored)")
-    add("--config", type=Path, help="a Hugging Face folder whose config files to use instead of the source's; "
-                                    "--reward: open_clip_config.json, for a file of OpenCLIP")
+        help="needed for single files: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="dtype of the written weights (default: as stored)")
+    add("--config", type=Path, help="a Hugging Face folder whose config files replace the source's; with "
+                                    "--reward, the open_clip_config.json of an OpenCLIP file")
     add("--reward", choices=["hps", "imagereward", "clip"],
-        help="SOURCE judges pictures: HPS_v2.1_compressed.pt, ImageReward.pt, or a CLIP as Hugging Face folder or "
-             "OpenCLIP file; ImageReward's --tokenizer is the vocab.txt of bert-base-uncased")
+        help="SOURCE is a reward model: HPS_v2.1_compressed.pt, ImageReward.pt, or a CLIP (Hugging Face folder or "
+             "OpenCLIP file); for ImageReward, --tokenizer is the vocab.txt of bert-base-uncased")
     args = parser.parse_args()
     common = dict(tokenizer=args.tokenizer, dtype=args.dtype and getattr(torch, args.dtype), config=args.config)
     if args.reward is None:

@@ -383,7 +383,7 @@ def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path, narrow):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     assert "isn't a text file" in refused(*run, tmp_path / "binary.txt")
     (tmp_path / "short.txt").write_text("\n".join(PIECES[:-1]), encoding="utf-8")
-    assert "has 19 tokens, but the text tower 20" in refused(*run, tmp_path / "short.txt")
+    assert "has 19 tokens, but the text tower has 20" in refused(*run, tmp_path / "short.txt")
     run = [monkeypatch, capsys, tmp_path, hps["source"], "--reward", "hps", "--config", hps["config"], "--tokenizer"]
     assert "bpe_simple_vocab" in refused(*run, imagereward["tokenizer"])
 
