@@ -10,14 +10,16 @@ model's CLIP, and the exact scorer judges them too. Weights and verdicts are kep
 model and all settings, so that nothing is done twice and a stopped run goes on.
 Sources: MaskUNet, arXiv 2505.03097; LoRA, arXiv 2106.09685; noise optimisation, ReNO, arXiv 2406.04312.
 """
+import gc
 import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cached_property, partial
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,73 +28,78 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
-from command import InputError, replacing, run_command
+from command import check_flags, replacing, run_command
 from lab import shapes
 from lab import study as lab_study
-from lab.evaluate import BENCH, drawn_features, evaluate, frechet_distance, judged, read_rows, to_bytes
+from lab.evaluate import BENCH, draw, drawn_features, frechet_distance, judged, read_rows, to_bytes
 from lab.study import Arm, Estimate, Row, bootstrap, line, markdown
 from lab.train_tiny import world_latents
 from maskunet import (
     DynamicMasks,
+    MaskPass,
     MaskRun,
     Masks,
     MaskSearch,
     RandomMasks,
+    Search,
     StaticMasks,
     key,
     masked_layers,
     mix,
-    score_latents,
 )
 from memory import Meter
-from reward import ClipReward, load_reward
-from sampler import draw_noise, generate
-from train import BUCKETS, Training, noised, train_denoiser
+from reward import load_reward
+from sampler import draw_noise, generate, plan
 from stable_diffusion import StableDiffusion
-from unet import UNet
+from train import BUCKETS, Training, noised, train_denoiser
+from unet import Techniques, UNet, Weights
 
 # ------------------------------------------------------------------------------------------------------ what is trained
 
-class Tuned(nn.Module):
-    """Other weights than masks: all of the U-Net's (rank None), or LoRA, W + 2 B A, in the layers that masks act on.
+class LoRA(nn.Module):
+    """W + 2 B A in the layers that masks act on, and in their place: settings, state of a run, and `Weights` in one.
 
     A is random and B is 0 at first; the factor 2 is that of MaskUNet's LoRA baseline (rank 256, alpha 512).
     """
-    gumbel = None                                                      # `Training` notes it and the settings
 
-    def __init__(self, unet: UNet, rank: int | None = None, seed: int = 0):
+    def __init__(self, unet: UNet, rank: int, seed: int = 0):
         super().__init__()
-        self.settings, self.rank = dict(rank=rank), rank
-        if rank is None:
-            values = {key(name): p.detach().clone() for name, p in unet.named_parameters()}
-        else:
-            values, generator = {}, torch.Generator().manual_seed(seed)
-            for name, layer in masked_layers(unet).items():
-                values[f"{key(name)}/A"] = torch.randn(rank, layer.in_features, generator=generator) / rank
-                values[f"{key(name)}/B"] = torch.zeros(layer.out_features, rank)
-        self.values = nn.ParameterDict(values).to(unet.conv_in.weight.device)
+        generator, self.names, self.a, self.b = torch.Generator().manual_seed(seed), {}, {}, {}
+        for name, layer in masked_layers(unet).items():
+            self.names[layer] = name = key(name)
+            self.a[name] = torch.randn(rank, layer.in_features, generator=generator) / rank
+            self.b[name] = torch.zeros(layer.out_features, rank)
+        self.a, self.b = nn.ParameterDict(self.a), nn.ParameterDict(self.b)
+        self.to(unet.conv_in.weight.device)
 
-    def weights(self, unet: UNet) -> dict[str, Tensor]:
-        """What takes the place of the U-Net's own, by name."""
-        if self.rank is None:
-            return {name: self.values[key(name)] for name, _ in unet.named_parameters()}
-        return {f"{name}.weight": layer.weight + 2 * self.values[f"{key(name)}/B"] @ self.values[f"{key(name)}/A"]
-                for name, layer in masked_layers(unet).items()}
+    def start(self, run: Any) -> "LoRA":
+        return self
+
+    def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "LoRA":
+        return self
+
+    def search(self, i: int, x: Tensor, clean: Callable[[Tensor, int], Tensor]) -> None:
+        """Nothing is searched for, and below nothing depends on the maps."""
+
+    def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None: ...
+
+    def of(self, layer: nn.Linear) -> Tensor:
+        name = self.names.get(layer)
+        return layer.weight if name is None else layer.weight + 2 * self.b[name] @ self.a[name]
 
 
-class TunedUNet(nn.Module):
-    """What `train_masks.train` trains in a `MaskedUNet`'s place; nothing is masked, so the density is 1."""
+class Unmasked(nn.Module):
+    """What `train_denoiser` trains in the place of a `MaskedUNet`: another U-Net, or a LoRA of this one. Density 1."""
 
-    def __init__(self, unet: UNet, tuned: Tuned):
+    def __init__(self, unet: UNet, module: UNet | LoRA):
         super().__init__()
-        self.unet, self.tuned = unet, tuned
+        self.unet, self.lora = (module, None) if isinstance(module, UNet) else (unet, module)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, added: Tensor | None, seeds: list[int],
                 step: int) -> tuple[Tensor, Tensor]:
-        return functional_call(self.unet, self.tuned.weights(self.unet), (x, t, context, added)), torch.ones(())
+        return self.unet(x, t, context, added, Techniques(masks=self.lora)), torch.ones(())
 
 
 def size(module: nn.Module) -> int:
@@ -101,7 +108,7 @@ def size(module: nn.Module) -> int:
 
 def matched_rank(unet: UNet) -> int:
     """The rank at which LoRA has as many weights as the network that makes masks."""
-    return round(size(DynamicMasks(unet)) / size(Tuned(unet, 1)))
+    return round(size(DynamicMasks(unet)) / size(LoRA(unet, 1)))
 
 
 class Recipe(NamedTuple):
@@ -116,8 +123,8 @@ def dynamic(unet: UNet, seed: int, **settings) -> DynamicMasks:
 
 
 RECIPES = {
-    "full fine-tuning": Recipe(lambda unet, seed: Tuned(unet), 1e-5, "all weights of the U-Net"),
-    "LoRA": Recipe(lambda unet, seed: Tuned(unet, matched_rank(unet), seed), 3e-4, "LoRA of as many weights as masks"),
+    "full fine-tuning": Recipe(lambda unet, seed: deepcopy(unet).requires_grad_(), 1e-5, "all weights of the U-Net"),
+    "LoRA": Recipe(lambda unet, seed: LoRA(unet, matched_rank(unet), seed), 3e-4, "LoRA of as many weights as masks"),
     "working": Recipe(dynamic, 3e-4, "masks, with an init that lets gradients through"),
     "without time": Recipe(partial(dynamic, time=False), 3e-4, "the same without the time"),
     "without sample": Recipe(partial(dynamic, sample=False), 3e-4, "the same without the picture"),
@@ -134,7 +141,7 @@ class Use(NamedTuple):
     mode: str = "sample"
     part: float = 1.0
     random: bool = False                           # with the density of the working arm of the same seed
-    fresh: bool = True
+    fixed: bool = False
 
 
 ARMS = {arm.name: arm for arm in (
@@ -143,7 +150,7 @@ ARMS = {arm.name: arm for arm in (
     Arm("working threshold", "working masks, noise-free", Use("working", "threshold")),
     Arm("working expected", "the expectation of working masks", Use("working", "expected")),
     Arm("random fresh", "random masks, new at every step", Use("working", random=True)),
-    Arm("random fixed", "random masks, the same at all steps", Use("working", random=True, fresh=False)),
+    Arm("random fixed", "random masks, the same at all steps", Use("working", random=True, fixed=True)),
     *(Arm(f"working at {part:.3g}", f"working masks after {part:.3g} of the training", Use("working", part=part))
       for part in PARTS))}
 
@@ -175,21 +182,32 @@ class World(NamedTuple):
 class Study:
     """A study's model, data and settings; its methods do what isn't done yet and give what was found."""
     sd: StableDiffusion
-    reward: ClipReward
     work: Path
     model: str                                     # what makes results its own: weights, versions
+    settings: Row                                  # sampler, steps and cfg_scale of `sd.sample`
     steps: int = 300                               # of every training
     batch: int = 32
     scenes: int = 4000
     validation: int = 512                          # pictures per loss
-    n: int = 90                                    # pictures per arm and seed, the six kinds alike
-    free_n: int = 24                               # likewise, per training-free arm
+    pictures: int = 90                             # per arm and seed, the six kinds alike
+    free_pictures: int = 24                        # likewise, per training-free arm
     free_steps: int = 15
-    settings: Row = field(default_factory=dict)             # of `sd.sample`
 
-    def __post_init__(self) -> None:
-        self.train_world = cache(lambda: World.make(self.sd, self.scenes, 0, self.work / "train.safetensors"))
-        self.validation_world = cache(lambda: World.make(self.sd, self.validation, 1, self.work / "val.safetensors"))
+    @cached_property
+    def train_world(self) -> World:
+        return World.make(self.sd, self.scenes, 0, self.work / "train.safetensors")
+
+    @cached_property
+    def validation_world(self) -> World:
+        return World.make(self.sd, self.validation, 1, self.work / "val.safetensors")
+
+    @cached_property
+    def score(self) -> Callable[[Tensor, list[str]], Tensor]:
+        return self.sd.latent_score(("clip",))
+
+    @cached_property
+    def image_tower(self) -> nn.Module:
+        return load_reward(self.sd.folder / "clip", self.sd.device).image
 
     def path(self, name: str, ending: str, *depends: Any) -> Path:
         """A file in the work folder, named after what it is and all that it depends on."""
@@ -202,10 +220,10 @@ class Study:
 
     def result_path(self, method: str, name: str, k: int) -> Path:
         if method == "search":
-            return self.path(f"search {name} {k}", "json", self.free_n, self.free_steps, self.settings)
+            return self.path(f"search {name} {k}", "json", self.free_pictures, self.free_steps, self.settings)
         use = ARMS[name].settings
         depends = () if use.recipe is None else self.training(use.recipe)
-        return self.path(f"{name} {k}", "json", use, depends, self.validation, self.n, self.settings)
+        return self.path(f"{name} {k}", "json", use, depends, self.validation, self.pictures, self.settings)
 
     def result(self, method: str, name: str, k: int) -> Row:
         """What `judge` or `search` gives for an arm, made if it isn't there."""
@@ -222,27 +240,28 @@ class Study:
         wanted = path(goals[part], "safetensors")
         if not wanted.exists():
             run = Training(module, path("checkpoint", "pt"), recipe.lr * factor, seed=seed)
-            model = TunedUNet(self.sd.unet, module) if isinstance(module, Tuned) else None
+            model = Unmasked(self.sd.unet, module) if isinstance(module, UNet | LoRA) else None
             for goal in goals.values():
                 if not path(goal, "safetensors").exists():
-                    train(self.sd, run, self.train_world().batches(self.batch, seed, run.step), goal, 50, model=model)
+                    batches = self.train_world.batches(self.batch, seed, run.step)
+                    train_denoiser(self.sd, run, batches, goal, 50, model=model)
                     with replacing(path(goal, "safetensors")) as file:
                         save_file({key: p.detach().cpu() for key, p in module.state_dict().items()}, file)
             path("checkpoint", "pt").unlink()
         module.load_state_dict(load_file(wanted))
         return module.requires_grad_(False)
 
-    def apply(self, use: Use, seed: int, factor: float = 1.0) -> tuple[StableDiffusion, Masks | None, int]:
-        """The model and the masks of an arm, and how many weights were trained."""
+    def apply(self, use: Use, seed: int, factor: float = 1.0) -> tuple[StableDiffusion, Masks | LoRA | None, int]:
+        """The model, what stands in the masks' place, and how many weights were trained, of an arm."""
         if use.random:
             ratio = 1 - self.result("judge", "working", seed)["density"]
-            return self.sd, Masks(RandomMasks(ratio), fresh=use.fresh), 0
-        sd, module = self.sd, None if use.recipe is None else self.trained(use.recipe, seed, use.part, factor)
-        if isinstance(module, Tuned):
-            unet = UNet(sd.config.unet).to(sd.device).requires_grad_(False)
-            unet.load_state_dict({**sd.unet.state_dict(), **module.weights(sd.unet)})
-            return StableDiffusion(sd.config, sd.tokenizer, sd.text_encoders, unet, sd.vae), None, size(module)
-        return (sd, None, 0) if module is None else (sd, Masks(module, use.mode), size(module))
+            return self.sd, Masks(RandomMasks(ratio), fixed=use.fixed), 0
+        if use.recipe is None:
+            return self.sd, None, 0
+        sd, module = self.sd, self.trained(use.recipe, seed, use.part, factor)
+        if isinstance(module, UNet):
+            return StableDiffusion(sd.config, sd.tokenizer, sd.text_encoders, module, sd.vae), None, size(module)
+        return sd, module if isinstance(module, LoRA) else Masks(module, use.mode), size(module)
 
     def prompts(self, n: int) -> list[str]:
         """n of the benchmark's, n / 6 of each kind in turn, half of them of what training never showed."""
@@ -257,31 +276,31 @@ class Study:
         """All that is measured of an arm and training seed."""
         sd, masks, trained = self.apply(ARMS[name].settings, seed)
         times, losses, density = self.losses(sd, masks, seed)
-        verdicts, pictures = evaluate(sd, self.prompts(self.n), 30, 10_000 * (1 + seed), masks=masks, **self.settings)
+        prompts = self.prompts(self.pictures)
+        pictures = draw(sd, prompts, 30, 10_000 * (1 + seed), self.settings | {"masks": masks})
         return {"trained": trained, "density": density, "times": times, "losses": losses,
-                "right": "".join(str(int(v.ok)) for v in verdicts), "features": self.features(pictures),
-                "differ": None if masks is None else self.differences(masks)}
+                "right": right_ones(pictures, prompts), "features": self.features(pictures),
+                "differ": self.differences(masks) if isinstance(masks, Masks) else None}
 
     @torch.no_grad()
     def features(self, pictures: list[np.ndarray]) -> list[list[float]]:
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.sd.device).float() / 255
-        return [[round(f, 5) for f in row] for row in self.reward.image(images).tolist()]
+        return [[round(f, 5) for f in row] for row in self.image_tower(images).tolist()]
 
     @torch.no_grad()
-    def losses(self, sd: StableDiffusion, masks: Masks | None, seed: int) -> tuple[list[int], list[float], float]:
+    def losses(self, sd: StableDiffusion, masks: Masks | LoRA | None,
+               seed: int) -> tuple[list[int], list[float], float]:
         """Time and loss of every validation picture, times and noises being the same for all arms; the density."""
-        world, times, losses, densities = self.validation_world(), [], [], []
+        world, times, losses, densities = self.validation_world, [], [], []
         for rows in torch.arange(self.validation).split(32):
-            x, t, target, (context, added) = noised(
+            x, t, target, (context, added, _) = noised(
                 sd, tuple(z[rows] for z in world.latents), [world.captions[k] for k in rows],
                 [torch.Generator().manual_seed(mix(8, int(k))) for k in rows])
-            run = None
-            if masks is not None:
-                run = MaskRun(masks, sd.unet, [mix(seed, 9, int(k)) for k in rows], halves=(0,)).at(0)
-            error = sd.unet(x, t, context, added, masks=run) - target
+            on = acting(masks, sd.unet, [mix(seed, 9, int(k)) for k in rows])
+            error = sd.unet(x, t, context, added, Techniques(masks=on)) - target
             times += t.tolist()
             losses += error.square().mean(dim=(1, 2, 3)).tolist()
-            densities += [1.0 if run is None else run.density] * len(rows)
+            densities += [on.run.density if isinstance(on, MaskPass) else 1.0] * len(rows)
         return times, losses, float(np.mean(densities))
 
     @torch.no_grad()
@@ -290,18 +309,18 @@ class Study:
 
         Likewise of their probabilities, where no noise hides what the network says.
         """
-        sd, world, n = self.sd, self.validation_world(), len(times)
+        sd, world, n = self.sd, self.validation_world, len(times)
         alphas = sd.config.schedule.alphas().to(sd.device)
         z = sd.config.vae.scaling * world.latents[0][:n].float().to(sd.device)
         eps = draw_noise([torch.Generator().manual_seed(k) for k in range(n)], z)
-        context, added = sd.conditions(world.captions[:n], None, sd.config.size, sd.config.size)
+        context, added, _ = sd.conditions(world.captions[:n], None, sd.config.size, sd.config.size)
 
         def apart(masks: Masks, t: list[int], images: list[int], seeds: list[int]) -> float:
             t = torch.tensor(t, device=sd.device)
-            a, run = alphas[t][:, None, None, None], Seen(masks, sd.unet, seeds, halves=(0,)).at(0)
+            a, seen = alphas[t][:, None, None, None], Seen(acting(masks, sd.unet, seeds))
             sd.unet(a.sqrt() * z[images] + (1 - a).sqrt() * eps[images], t, context[images],
-                    None if added is None else added[images], masks=run)
-            rows = torch.cat(run.seen, dim=1)                          # (n, all masked weights)
+                    None if added is None else added[images], Techniques(masks=seen))
+            rows = torch.cat(seen.masks, dim=1)                        # (n, all masked weights)
             return float(np.mean([(rows[i] - rows[j]).abs().mean().item() for i, j in combinations(range(n), 2)]))
         same, each, out = [0] * n, list(range(n)), {}
         for which, of in (("masks", masks), ("probabilities", replace(masks, mode="expected"))):
@@ -312,33 +331,46 @@ class Study:
 
     def search(self, name: str, part: int) -> Row:
         """Verdicts, rewards and seconds of a training-free arm, of the part-th eight pictures."""
-        prompts = self.prompts(self.free_n)[8 * part:8 * (part + 1)]
-        settings, iterations = {**self.settings, "steps": self.free_steps}, iterations_of(name)
-        draw, started = partial(FREE[name.split()[0]], self, settings=settings), time.perf_counter()
-        images = self.sd.decode(draw(prompts, list(range(8 * part, 8 * part + len(prompts))), iterations))
-        seconds = (time.perf_counter() - started) / len(prompts)
-        modules = self.sd.unet, self.sd.vae, *self.sd.text_encoders, self.reward.image, self.reward.text
-        meter = Meter()
-        meter.ignore(*(p for module in modules for p in module.parameters()))
-        with meter:                                                    # more iterations need no more memory than one
-            draw(prompts[:1], [0], min(iterations, 1))
+        prompts = self.prompts(self.free_pictures)[8 * part:8 * (part + 1)]
+        settings, iterations = self.settings | {"steps": self.free_steps}, iterations_of(name)
+        find, started = partial(FREE[name.split()[0]], self, settings=settings), time.perf_counter()
+        latents = find(prompts, list(range(8 * part, 8 * part + len(prompts))), iterations)
+        images, seconds = self.sd.decode(latents), (time.perf_counter() - started) / len(prompts)
         with torch.no_grad():
-            rewards = self.reward(images, prompts).tolist()
-        right = [judged(picture, prompt)["loose"] for picture, prompt in zip(to_bytes(images), prompts)]
-        return {"right": "".join(str(int(ok)) for ok in right), "reward": rewards, "seconds": seconds,
+            rewards = self.score(latents, prompts).tolist()
+        meter = Meter()
+        meter.ignore(*(x for x in gc.get_objects() if issubclass(type(x), Tensor)))      # what is there already
+        with meter:                                                    # more iterations need no more memory than one
+            find(prompts[:1], [0], min(iterations, 1))
+        return {"right": right_ones(to_bytes(images), prompts), "reward": rewards, "seconds": seconds,
                 "GB": meter.peak / 1e9}
 
 
-@dataclass
-class Seen(MaskRun):
-    """A `MaskRun` that keeps every mask it makes, (n, weights of the layer)."""
-    seen: list[Tensor] = field(default_factory=list)
+def right_ones(pictures: list[np.ndarray], prompts: list[str]) -> str:
+    """A 1 or a 0 per picture."""
+    return "".join(str(int(judged(*pair)["loose"])) for pair in zip(pictures, prompts))
 
-    def mask(self, *arguments: Any) -> Tensor | None:
-        m = super().mask(*arguments)
-        if m is not None:
-            self.seen.append(m.expand(len(self.seeds), *m.shape[-2:]).flatten(1))
-        return m
+
+def acting(masks: Masks | LoRA | None, unet: UNet, seeds: list[int]) -> Weights | None:
+    """What stands in the masks' place in one pass without guidance, for images with these seeds."""
+    return MaskRun(masks, unet, seeds).at((0,), (0,)) if isinstance(masks, Masks) else masks
+
+
+@dataclass
+class Seen:
+    """Goes where a `MaskPass` goes, and keeps every mask that it makes, (n, weights of the layer)."""
+    inner: MaskPass
+    masks: list[Tensor] = field(default_factory=list)
+
+    def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
+        self.inner.enter(unit, h, skip, emb)
+
+    def of(self, layer: nn.Linear) -> Tensor:
+        weight = self.inner.of(layer)
+        if weight is not layer.weight:
+            mask = (weight / layer.weight).nan_to_num(1.0)             # for a weight that is 0, no mask matters
+            self.masks.append(mask.expand(len(self.inner.index), -1, -1).flatten(1))
+        return weight
 
 
 # ------------------------------------------------------------------------------------------------- without any training
@@ -351,10 +383,9 @@ def plain(study: Study, prompts: list[str], seeds: list[int], iterations: int, s
     return study.sd.sample(prompts, seed=seeds, **settings)
 
 
-def search_masks(study: Study, prompts: list[str], seeds: list[int], iterations: int,
-                 settings: Row) -> Tensor:
-    score = score_latents(study.sd.vae, study.reward, prompts)
-    return study.sd.sample(prompts, seed=seeds, masks=MaskSearch(score, iterations), **settings)
+def search_masks(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: Row) -> Tensor:
+    search = Search(MaskSearch(iterations=iterations), study.score)
+    return study.sd.sample(prompts, seed=seeds, masks=search, **settings)
 
 
 def search_noise(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: Row,
@@ -365,21 +396,19 @@ def search_noise(study: Study, prompts: list[str], seeds: list[int], iterations:
     iteration is a pass and a gradient of every step, as an iteration of the masks' search at every step is; both need
     one more pass at the end.
     """
-    sd, score = study.sd, score_latents(study.sd.vae, study.reward, prompts)
-    side = sd.config.size // sd.config.vae.factor
-    context, _ = sd.conditions(prompts, None, sd.config.size, sd.config.size)
-    negative, _ = sd.conditions("", len(prompts), sd.config.size, sd.config.size)
-    like = torch.empty(1, sd.config.unet.in_channels, side, side, device=sd.device)
+    sd, side = study.sd, study.sd.config.size
+    said, negative = sd.conditions(prompts, None, side, side), sd.conditions("", len(prompts), side, side)
+    calls = plan(settings["sampler"], settings["steps"], sd.config.schedule, prediction=sd.config.prediction)
+    like = torch.empty(1, sd.config.unet.in_channels, *2 * [side // sd.config.vae.factor], device=sd.device)
     noise = draw_noise([torch.Generator().manual_seed(seed) for seed in seeds], like).requires_grad_()
     optimizer = torch.optim.SGD([noise], lr, momentum=0.9, nesterov=True)
     best, found = torch.full((len(prompts),), -math.inf, device=sd.device), noise.detach().clone()
     for k in range(iterations + 1):
         with torch.set_grad_enabled(k < iterations):
-            *_, (_, x) = generate(sd.unet, noise, context, negative, prediction=sd.config.prediction,
-                                  schedule=sd.config.schedule, **settings)
-            reward, norm = score(x), noise.flatten(1).norm(dim=1)
+            *_, (_, x) = generate(sd.unet, noise, said, negative, calls, settings["cfg_scale"])
+            reward, norm = study.score(x, prompts), noise.flatten(1).norm(dim=1)
         better = reward.detach() > best
-        best, found = torch.where(better, reward.detach(), best), torch.where(better[:, None, None, None], x, found)
+        best, found = torch.where(better, reward, best).detach(), torch.where(better[:, None, None, None], x, found)
         found = found.detach()
         if k < iterations:
             likelihood = (like.numel() - 1) * norm.log() - norm.square() / 2
@@ -494,12 +523,12 @@ def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
 
 def share(jobs: list[tuple[float, Any]], rank: int, world: int) -> list[Any]:
     """This process's jobs (cost, job): the dearest first, each to whoever has least so far."""
-    loads, mine = [0.0] * world, []
+    shares = [[0.0, who, []] for who in range(world)]
     for cost, job in sorted(jobs, key=lambda job: -job[0]):
-        who = loads.index(min(loads))
-        loads[who] += cost
-        mine += [job] if who == rank else []
-    return mine
+        least = min(shares)
+        least[0] += cost
+        least[2].append(job)
+    return shares[rank][2]
 
 
 def plan_jobs(study: Study, arms: list[str], free: list[str], seeds: int) -> list[tuple[float, list[tuple]]]:
@@ -508,10 +537,10 @@ def plan_jobs(study: Study, arms: list[str], free: list[str], seeds: int) -> lis
     for seed in range(seeds):
         for name in sorted(arms, key=lambda name: ARMS[name].settings.random):     # after what sets their density
             jobs.setdefault((ARMS[name].settings.recipe, seed), []).append(("judge", name, seed))
-    costs = [(3 * study.steps * study.batch + 4 * study.n * study.settings["steps"] * len(of), of)
+    costs = [(3 * study.steps * study.batch + 4 * study.pictures * study.settings["steps"] * len(of), of)
              for of in jobs.values()]
     return costs + [(8 * study.free_steps * (2 + 8 * iterations_of(name)), [("search", name, part)])
-                    for name in free for part in range(math.ceil(study.free_n / 8))]
+                    for name in free for part in range(math.ceil(study.free_pictures / 8))]
 
 
 def sweep(study: Study) -> None:
@@ -525,32 +554,31 @@ def sweep(study: Study) -> None:
                   f"{thousandths(mean(np.array(losses) - base))}  density {density:.4f}", flush=True)
 
 
+FLAGS = {"batch": "pictures per training step", "scenes": "to train on", "validation": "pictures per loss",
+         "pictures": "pictures per arm and seed, a multiple of 6",
+         "free_pictures": "likewise, per training-free arm; 0: none",
+         "free_steps": "denoising steps of a training-free picture, as in the paper"}
+
+
 def main() -> None:
     parser = lab_study.flags("Learned masks, other ways to train, and searches, on the tiny model.",
                              "model out arms steps sampler cfg_scale device", out=Path("out/maskunet"), steps=300,
                              cfg_scale=5.0)
     for flag, default, text in (
-            ("--seeds", 3, "trainings per recipe, of --steps each"), ("--batch", 32, "pictures per training step"),
-            ("--scenes", 4000, "to train on"), ("--validation", 512, "pictures per loss"),
-            ("--pictures", 90, "pictures per arm and seed, a multiple of 6"),
-            ("--free-pictures", 24, "likewise, per training-free arm; 0: none"),
-            ("--free-steps", 15, "denoising steps of a training-free picture, as in the paper"),
-            ("--sample-steps", 20, "denoising steps of the other pictures"),
-            ("--drawn", 2000, "ground truths for the Frechet distance; 0: none")):
-        parser.add_argument(flag, type=int, default=default, help=text)
+            ("seeds", 3, "trainings per recipe, of --steps each"),
+            *((name, getattr(Study, name), text) for name, text in FLAGS.items()),
+            ("sample_steps", 20, "denoising steps of the other pictures"),
+            ("drawn", 2000, "ground truths for the Frechet distance; 0: none")):
+        parser.add_argument(f"--{flag.replace('_', '-')}", type=int, default=default, help=text)
     parser.add_argument("--iterations", type=int, nargs="+", default=[5, 15, 30], help="of the searches for masks")
     parser.add_argument("--noise-iterations", type=int, nargs="+", default=[15], help="of the search for noise")
     parser.add_argument("--sweep", action="store_true", help="instead: each recipe's loss at three rates")
     args = parser.parse_args()
-    for flag, ok, legal in (
-            ("--pictures", 6 <= args.pictures <= 480 and args.pictures % 6 == 0, "6, 12, ... up to 480"),
-            ("--free-pictures", 0 <= args.free_pictures <= 480 and args.free_pictures % 6 == 0,
-             "0, 6, 12, ... up to 480"),
-            ("--sampler", args.sampler != "euler-a", "one that draws no noise at its steps"),
-            ("--iterations and --noise-iterations", min(args.iterations + args.noise_iterations) >= 1, "1 or more"),
-            ("--drawn", args.drawn == 0 or args.drawn >= 100, "0, or 100 or more")):
-        if not ok:
-            raise InputError(f"{flag} must be {legal}")
+    check_flags(("--pictures", args.pictures in range(6, 481, 6), "6, 12, ... up to 480"),
+                ("--free-pictures", args.free_pictures in range(0, 481, 6), "0, 6, 12, ... up to 480"),
+                ("--sampler", args.sampler != "euler-a", "one that draws no noise at its steps"),
+                ("--iterations and --noise-iterations", min(args.iterations + args.noise_iterations) >= 1, "1 or more"),
+                ("--drawn", args.drawn == 0 or args.drawn >= 100, "0, or 100 or more"))
     free = ["base", "masks 0", *(f"masks {k}" for k in args.iterations), *(f"noise {k}" for k in args.noise_iterations)]
     wanted = lab_study.choose(dict.fromkeys([*ARMS, *free]), args.arms)
     lab_study.check(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), seeds=1, steps=1, batch=1,
@@ -559,9 +587,9 @@ def main() -> None:
     work = args.out / "work"
     work.mkdir(exist_ok=True)
     torch.set_flush_denormal(True)
-    study = Study(sd, ClipReward.load(args.model / "clip", args.device), work, repr(made_with), args.steps, args.batch,
-                  args.scenes, args.validation, args.pictures, args.free_pictures, args.free_steps,
-                  dict(steps=args.sample_steps, sampler=args.sampler, cfg_scale=args.cfg_scale))
+    study = Study(sd, work, repr(made_with), dict(steps=args.sample_steps, sampler=args.sampler,
+                                                  cfg_scale=args.cfg_scale),
+                  args.steps, **{name: getattr(args, name) for name in FLAGS})
     if args.sweep:
         return sweep(study)
     arms = [name for name in ARMS if name in wanted or name == "base"]
@@ -580,14 +608,14 @@ def main() -> None:
 
 def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int, out: Path, made_with: Row) -> None:
     """maskunet.json, maskunet.md and the figure, from results that are all there."""
-    real = drawn_features(study.reward.image, drawn, study.sd.config.size, study.sd.config.size, 1) if drawn else None
+    real = drawn_features(study.image_tower, drawn, study.sd.config.size, study.sd.config.size, 1) if drawn else None
     trained = summarize({name: [study.result("judge", name, seed) for seed in range(seeds)] for name in arms},
-                        study.prompts(study.n), real)
-    parts = range(math.ceil(study.free_n / 8))
+                        study.prompts(study.pictures), real)
+    parts = range(math.ceil(study.free_pictures / 8))
     searched = summarize_free({name: [study.result("search", name, part) for part in parts] for name in free},
-                              study.prompts(study.free_n))
+                              study.prompts(study.free_pictures))
     made_with = made_with | {"seeds": seeds, "drawn": drawn} | {name: getattr(study, name) for name in (
-        "steps", "batch", "scenes", "validation", "n", "free_n", "free_steps", "settings")}
+        "steps", *FLAGS, "settings")}
     text = tables(trained, searched)
     lab_study.write_text(out / "maskunet.json", json.dumps(lab_study.to_json(
         {"made with": made_with, "trained": trained, "searched": searched}), indent=1) + "\n")

@@ -1,74 +1,66 @@
 """lab/maskunet_study.py: arms differ as they must, the model stays, costs are equal, and nothing is done twice."""
-import hashlib
 import json
-import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import digest, randn
 
-from command import run_command
 from folder import TINY
 from lab import maskunet_study
-from lab.maskunet_study import ARMS, RECIPES, Study, Tuned, TunedUNet, matched_rank, share, size
+from lab.maskunet_study import ARMS, RECIPES, LoRA, Study, Unmasked, main, matched_rank, share, size
 from maskunet import DynamicMasks, Masks
-from reward import load_reward
+from stable_diffusion import StableDiffusion
 from train import Training, train_denoiser
-from txt2img import StableDiffusion
 from unet import UNet
-
-
-def weights(sd: StableDiffusion) -> str:
-    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in sd.unet.state_dict().values())).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
-    return Study(StableDiffusion.load(TINY), load_reward(TINY / "clip"), tmp_path_factory.mktemp("work"), "tiny",
-                 steps=2, batch=4, scenes=8, validation=6, n=6, free_n=6, free_steps=2,
-                 settings=dict(steps=2, cfg_scale=5.0))
+    return Study(StableDiffusion.load(TINY), tmp_path_factory.mktemp("work"), "tiny",
+                 dict(steps=2, sampler="ddim", cfg_scale=5.0), steps=2, batch=4, scenes=8, validation=6, pictures=6,
+                 free_pictures=6, free_steps=2)
 
 
-def train_more(study: Study, module: torch.nn.Module, steps: int, lr: float) -> list[tuple]:
-    model = TunedUNet(study.sd.unet, module) if isinstance(module, Tuned) else None
-    run = Training(module, lr=lr)
-    return train_denoiser(study.sd, run, study.train_world().batches(4, 0, 0), steps, log_every=1, model=model)
+def train_masks(study: Study, masks: torch.nn.Module, steps: int, lr: float) -> None:
+    train_denoiser(study.sd, Training(masks, lr=lr), study.train_world.batches(4, 0, 0), steps, log_every=1)
 
 
 def test_every_recipe_trains_its_own_weights_and_leaves_the_models(study):
-    before, unet = weights(study.sd), study.sd.unet
+    before, unet = digest(study.sd.unet), study.sd.unet
     for name, recipe in RECIPES.items():
         start, end = recipe.make(unet, 0), study.trained(name, 0)
         moved = [not torch.equal(a, b) for a, b in zip(start.state_dict().values(), end.state_dict().values())]
         assert any(moved) and not any(p.requires_grad for p in end.parameters())
-    assert weights(study.sd) == before and all(p.grad is None for p in unet.parameters())
+    assert digest(unet) == before and all(p.grad is None for p in unet.parameters())
 
 
-def test_lora_has_as_many_weights_as_the_network_of_masks_and_both_begin_as_the_model(study):
-    unet = study.sd.unet
-    lora, masks = Tuned(unet, matched_rank(unet)), DynamicMasks(unet)
-    assert abs(size(lora) / size(masks) - 1) < 0.05
-    assert size(Tuned(unet)) == size(unet)
-    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([10, 700]), torch.randn(2, 5, 128)
+def test_lora_has_as_many_weights_as_the_network_of_masks_and_is_the_same_as_merged_weights(study):
+    sd, unet = study.sd, study.sd.unet
+    lora, merged = LoRA(unet, matched_rank(unet)), deepcopy(unet)
+    assert abs(size(lora) / size(DynamicMasks(unet)) - 1) < 0.05
+    inputs = randn(2, 4, 16, 16), torch.tensor([10, 700]), randn(2, 5, 128)
+    through = lambda: Unmasked(unet, lora)(*inputs, None, [0, 0], 0)[0]
     with torch.no_grad():
-        plain = unet(x, t, context)
-        for tuned in (lora, Tuned(unet)):
-            assert torch.equal(TunedUNet(unet, tuned)(x, t, context, None, [0, 0], 0)[0], plain)
-        for p in lora.values.values():
-            p.normal_()
-        merged = UNet(unet.config)
-        merged.load_state_dict({**unet.state_dict(), **lora.weights(unet)})
-        through = TunedUNet(unet, lora)(x, t, context, None, [0, 0], 0)[0]
-        assert torch.equal(merged(x, t, context), through) and not torch.equal(through, plain)
+        assert torch.equal(through(), unet(*inputs))
+        for p in lora.parameters():
+            p.copy_(randn(*p.shape))
+        for layer, own in zip(unet.modules(), merged.modules()):
+            if layer in lora.names:
+                own.weight.copy_(lora.of(layer))
+        assert torch.equal(through(), merged(*inputs)) and not torch.equal(through(), unet(*inputs))
+        assert torch.equal(sd.sample("a red circle", steps=2, masks=lora),
+                           StableDiffusion(sd.config, sd.tokenizer, sd.text_encoders, merged, sd.vae).sample(
+                               "a red circle", steps=2))
 
 
 def test_fine_tuning_and_lora_lower_the_loss_of_what_they_see(study):
-    for module, lr in ((Tuned(study.sd.unet), 1e-4), (Tuned(study.sd.unet, 4), 2e-3)):
-        batch = next(study.train_world().batches(4, 0, 0))
+    for module, lr in ((RECIPES["full fine-tuning"].make(study.sd.unet, 0), 1e-4), (LoRA(study.sd.unet, 4), 2e-3)):
+        batch = next(study.train_world.batches(4, 0, 0))
         run, fixed = Training(module, lr=lr), []
-        model = TunedUNet(study.sd.unet, module)
         for _ in range(8):                                             # the same times and noises again and again
-            run.step = 0
+            run.step, model = 0, Unmasked(study.sd.unet, module)
             fixed.append(train_denoiser(study.sd, run, [batch], 1, log_every=1, model=model)[-1][1])
         assert fixed[-1] < 0.97 * fixed[0]
 
@@ -76,7 +68,7 @@ def test_fine_tuning_and_lora_lower_the_loss_of_what_they_see(study):
 def test_masks_of_the_official_network_depend_on_nothing_but_chance_and_working_ones_do(study):
     for init in ("official", "working"):
         masks = DynamicMasks(study.sd.unet, init=init, initial=0.0)
-        train_more(study, masks, 5, 0.01)
+        train_masks(study, masks, 5, 0.01)
         differ = study.differences(Masks(masks.requires_grad_(False)))
         for what in ("times", "images"):
             for which in ("masks", "probabilities"):
@@ -92,9 +84,9 @@ def test_fresh_masks_change_from_step_to_step_and_fixed_ones_do_not(study, monke
     pictures = {}
     for name in ("random fresh", "random fixed"):
         _, masks, trained = study.apply(ARMS[name].settings, 0)
-        assert masks.source.ratio == pytest.approx(0.2) and masks.fresh == (name == "random fresh") and trained == 0
+        assert masks.source.ratio == pytest.approx(0.2) and masks.fixed == (name == "random fixed") and trained == 0
         pictures[name] = study.sd.sample("a red circle", steps=2, masks=masks)
-        one_step = study.sd.sample("a red circle", steps=2, masks=replace(masks, fresh=not masks.fresh))
+        one_step = study.sd.sample("a red circle", steps=2, masks=replace(masks, fixed=not masks.fixed))
         assert not torch.equal(pictures[name], one_step)
     assert not torch.equal(*pictures.values())
 
@@ -102,7 +94,7 @@ def test_fresh_masks_change_from_step_to_step_and_fixed_ones_do_not(study, monke
 def test_parts_of_a_training_are_the_shorter_trainings(study):
     early, late = (study.trained("working", 0, part).state_dict() for part in (0.5, 1.0))
     short = DynamicMasks(study.sd.unet, seed=0)
-    train_more(study, short, 1, RECIPES["working"].lr)
+    train_masks(study, short, 1, RECIPES["working"].lr)
     assert all(torch.equal(p, early[name]) for name, p in short.state_dict().items())
     assert any(not torch.equal(p, early[name]) for name, p in late.items())
 
@@ -118,13 +110,13 @@ def test_both_searches_cost_as_many_passes_and_gradients_and_that_for_noise_clim
     costs = []
     for draw in (maskunet_study.search_masks, maskunet_study.search_noise):
         calls.clear()
-        found = study.sd.decode(draw(study, prompts, seeds, 3, {**study.settings, "steps": 2}))
+        found = draw(study, prompts, seeds, 3, study.settings)
         costs.append(dict(calls))
     assert costs[0] == costs[1] == {True: 3 * 2 * 4, False: 2 * 4}
-    plain = maskunet_study.plain(study, prompts, seeds, 0, {**study.settings, "steps": 2})
-    start = maskunet_study.search_noise(study, prompts, seeds, 0, {**study.settings, "steps": 2})
+    plain = maskunet_study.plain(study, prompts, seeds, 0, study.settings)
+    start = maskunet_study.search_noise(study, prompts, seeds, 0, study.settings)
     assert torch.allclose(plain, start, atol=1e-5)
-    assert (study.reward(found, prompts) > study.reward(study.sd.decode(plain), prompts)).all()
+    assert (study.score(found, prompts) > study.score(plain, prompts)).all()
 
 
 def test_processes_share_all_jobs_and_no_job_twice():
@@ -133,20 +125,6 @@ def test_processes_share_all_jobs_and_no_job_twice():
     assert sorted(k for calls in shares for (k,) in calls) == list(range(13))
     loads = [sum(k % 5 for (k,) in calls) for calls in shares]
     assert max(loads) - min(loads) <= 2
-
-
-@pytest.fixture()
-def command(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["maskunet_study", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(maskunet_study.main)
-        except SystemExit as stop:
-            code = stop.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-    return run
 
 
 SMALL = ("--seeds", 1, "--steps", 2, "--batch", 2, "--scenes", 4, "--validation", 6, "--pictures", 6,
@@ -159,10 +137,10 @@ def test_one_small_run_leaves_tables_and_figure_and_the_next_does_nothing_again(
     small = [*SMALL, "--noise-iterations", 2, "--out", tmp_path]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, _ = command(*small, "--arms", arms)
+    code, out, _ = command(main, *small, "--arms", arms)
     assert code == 0 and "still to come from other processes" in out and not (tmp_path / "maskunet.md").exists()
     monkeypatch.setenv("RANK", "0")
-    assert command(*small, "--arms", arms)[0] == 0
+    assert command(main, *small, "--arms", arms)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"maskunet.json", "maskunet.md", "training.png", "work"}
     numbers = json.loads((tmp_path / "maskunet.json").read_text())
     assert list(numbers["trained"]) == ["base", "working", "random fixed"]
@@ -172,7 +150,7 @@ def test_one_small_run_leaves_tables_and_figure_and_the_next_does_nothing_again(
     assert numbers["searched"]["noise 2"]["GB"] > 2 * numbers["searched"]["masks 0"]["GB"] > 0
     for method in ("judge", "search", "trained"):
         monkeypatch.setattr(Study, method, None)
-    code, out, _ = command(*small, "--arms", arms)
+    code, out, _ = command(main, *small, "--arms", arms)
     assert code == 0 and "| random fixed |" in out and "| noise 2 |" in out
 
 
@@ -183,5 +161,5 @@ def test_one_small_run_leaves_tables_and_figure_and_the_next_does_nothing_again(
     (["--free-steps", 0], "steps must be"), (["--model", "nowhere"], "there is no model folder nowhere"),
     (["--drawn", 5], "0, or 100 or more")])
 def test_bad_input_ends_in_one_line(flags, words, tmp_path, command):
-    code, _, err = command(*SMALL, "--out", tmp_path, *flags)
+    code, _, err = command(main, *SMALL, "--out", tmp_path, *flags)
     assert code == 2 and words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
