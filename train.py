@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from command import HelpFormatter, InputError, check_device, check_flags, check_writable, replacing, run_command
+from command import (
+    ArgumentParser,
+    HelpFormatter,
+    InputError,
+    check_device,
+    check_flags,
+    check_writable,
+    replacing,
+    run_command,
+)
 from folder import TINY
 from maskunet import DynamicMasks, Gumbel, MaskRun, Masks, StaticMasks, mix, save_masks, weight_digest
 from pictures import open_picture
@@ -298,7 +307,7 @@ def read_batches(pairs: list[tuple[Path, str]], size: int, batch: int, seed: int
 # ---------------------------------------------------------------------------------------------------------- the command
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train what makes a model better.")
+    parser = ArgumentParser(description="Train what makes a model better.")
     add = parser.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
         "masks", formatter_class=HelpFormatter, help="masks on the weights of the U-Net, from captioned pictures",
         description="Learn masks on the weights of a U-Net from captioned pictures (maskunet.py).").add_argument

@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from clip_text import TextConfig, TextEncoder
-from command import InputError, replacing, run_command
+from command import ArgumentParser, InputError, replacing, run_command
 from convert_weights import FAMILIES
 from folder import TINY, ModelConfig, build, load_weights, read_config, write_config
 from lab.evaluate import mixed_prompts
@@ -595,8 +595,8 @@ def other_rows(path: Path, about: dict[str, Any], again: set[str]) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed and memory beside diffusers.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description="Speed and memory beside diffusers.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rows", nargs="+", metavar="WORDS", default=list(TARGETS), help="rows whose names have all "
                         "words of one of these")
     parser.add_argument("--list", action="store_true", help="print the names of all rows and stop")

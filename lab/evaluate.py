@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from command import HelpFormatter, InputError, check_flags, run_command
+from command import ArgumentParser, HelpFormatter, InputError, check_flags, run_command
 from folder import read_config
 from lab import shapes, study
 from lab.study import Arm, Estimate, Results, Row, bootstrap
@@ -294,9 +294,9 @@ def read_flags(args: argparse.Namespace) -> tuple[Row, Row, tuple[int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How often a model draws what was asked, by the exact scorer. Takes "
-                                     "all flags of txt2img.py (--model, --steps, --freeu, ...) too.",
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description="How often a model draws what was asked, by the exact scorer. Takes "
+                            "all flags of txt2img.py (--model, --steps, --freeu, ...) too.",
+                            formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--bench", type=Path, default=BENCH, help="rows in .jsonl, or a text file of prompts")
     add("--kinds", help="only these of the rows' kinds, separated by commas")

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from command import HelpFormatter, InputError, check_device, check_flags, replacing
+from command import ArgumentParser, HelpFormatter, InputError, check_device, check_flags, replacing
 from folder import TINY, read_config
 from sampler import SAMPLERS, plan
 from stable_diffusion import StableDiffusion
@@ -348,7 +348,7 @@ FLAGS = {"model": (Path, TINY, "model folder"), "out": (Path, None, "folder for 
 
 def flags(description: str, names: str, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with these shared flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
     for name in names.split():
         kind, default, text = FLAGS[name]
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults.get(name, default), help=text)

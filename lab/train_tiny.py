@@ -29,7 +29,7 @@ import clip_text
 import reward
 from checkpoint import open_safetensors
 from clip_text import TextEncoder
-from command import replacing, run_command
+from command import ArgumentParser, replacing, run_command
 from folder import ModelConfig, write_config
 from lab import shapes
 from lab.evaluate import evaluate
@@ -365,7 +365,7 @@ def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToNoise, fact
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="model folder to write (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
     parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from command import InputError, check_device, check_flags, check_writable, replacing
+from command import ArgumentParser, InputError, check_device, check_flags, check_writable, replacing
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -50,6 +50,15 @@ def test_what_ends_a_command_is_one_line(error, code, words, command):
         raise error
     result, out, err = command(main)
     assert (result, out) == (code, "") and err.startswith(words) and err.count("\n") == 1
+
+
+def test_what_a_parser_refuses_is_one_line_too(command):
+    def main() -> None:
+        parser = ArgumentParser()
+        parser.add_subparsers().add_parser("train").add_argument("--n", type=int)
+        parser.parse_args()
+    assert command(main, "train", "--n", "x") == (2, "", "error: argument --n: invalid int value: 'x'\n")
+    assert command(main, "--m") == (2, "", "error: unrecognized arguments: --m\n")
 
 
 def test_errors_of_the_program_itself_are_not_hidden(command):
