@@ -163,7 +163,7 @@ def open_safetensors(path: Path, remedy: str = "convert the model again") -> Ite
 
 
 def check_names(have: list[str], wanted: list[str], where: str) -> None:
-    """InputError for unknown or missing names. It shows the first, and the known name most similar to an unknown one."""
+    """InputError for unknown or missing names. It shows the first; for an unknown one, also the most similar known."""
     missing, unknown = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
     if unknown:
         raise InputError(f"{where} has {len(unknown)} tensors that this model doesn't know, the first is "
