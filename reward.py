@@ -1,4 +1,4 @@
-"""What judges pictures: how well each fits its prompt, as a number that gradients flow through. CLIP and ImageReward.
+"""Reward models, CLIP and ImageReward: a differentiable score of how well a picture fits its prompt.
 
     pictures --preprocess--> ImageEncoder --.
                                           cosine --> score (B,)                                            ClipReward
@@ -33,7 +33,7 @@ from clip_text import Encoder, TextConfig, TextEncoder, Tokenizer
 from command import InputError, replacing
 from folder import build, from_json, load_tokenizer, load_weights, write_config
 
-COLOR_MEAN = (0.48145466, 0.4578275, 0.40821073)                       # of red, green and blue, as OpenAI's CLIP has it
+COLOR_MEAN = (0.48145466, 0.4578275, 0.40821073)                       # of red, green and blue, from OpenAI's CLIP
 COLOR_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -63,7 +63,7 @@ CONFIGS = {
 
 
 class Embeddings(nn.Module):
-    """A token per patch, after one that will gather the whole. (B, 3, S, S) -> (B, N, D)"""
+    """The class token, then one token per patch. (B, 3, S, S) -> (B, N, D)"""
 
     def __init__(self, config: ImageConfig):
         super().__init__()
@@ -78,18 +78,18 @@ class Embeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """A bag of layers that exists for the checkpoints' names, all of which begin with "vision_model."."""
+    """Container that gives its parameters their published names, which begin with "vision_model."."""
 
     def __init__(self, config: ImageConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width)                  # spelt so in every checkpoint
+        self.pre_layrnorm = nn.LayerNorm(config.width)                  # the spelling of every checkpoint
         self.encoder = Encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.width)
 
 
 class ImageEncoder(nn.Module):
-    """Pictures (B, 3, H, W) in [0, 1] -> their vectors (B, P) in the space shared with texts, not normalised"""
+    """Pictures (B, 3, H, W) in [0, 1] -> embeddings (B, P) in the space shared with texts, not normalised"""
 
     def __init__(self, config: ImageConfig = ImageConfig()):
         super().__init__()
@@ -106,8 +106,8 @@ class ImageEncoder(nn.Module):
 
 
 def preprocess(images: Tensor, config: ImageConfig) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, S, S): the short side becomes S (bicubic, antialiased), the middle is cut out,
-    and each colour is brought to the mean and spread that the tower knows. Differentiable."""
+    """(B, 3, H, W) in [0, 1] -> (B, 3, S, S): the short side is resized to S (bicubic, antialiased), the centre is
+    cropped, and the colours are normalised by the config's mean and std. Differentiable."""
     h, w = images.shape[-2:]
     if min(h, w) != config.size:
         size = (config.size * h // min(h, w), config.size * w // min(h, w))     # rounded down, as published code does
@@ -120,7 +120,7 @@ def preprocess(images: Tensor, config: ImageConfig) -> Tensor:
 
 
 class ClipReward:
-    """The cosine between a picture's vector and its prompt's, by the two towers of one CLIP."""
+    """The cosine similarity of the embeddings that one CLIP's two towers give a picture and its prompt."""
 
     def __init__(self, image: ImageEncoder, text: TextEncoder, tokenizer: Tokenizer):
         if text.config.projection != image.config.projection:
@@ -167,15 +167,15 @@ class ImageRewardConfig:
     text_layers: int = 12
     text_heads: int = 12
     text_hidden: int = 3072
-    head: tuple[int, ...] = (1024, 128, 64, 16)                         # widths between the linear layers
+    head: tuple[int, ...] = (1024, 128, 64, 16)                         # widths between the final linear layers
     mean: tuple[float, ...] = COLOR_MEAN
     std: tuple[float, ...] = COLOR_STD
-    score_mean: float = 0.16717362830052426                             # so that scores have mean 0 and spread 1
+    score_mean: float = 0.16717362830052426                             # so that scores have mean 0, deviation 1
     score_std: float = 1.0333394966054072
 
 
 class WordPieces:
-    """Prompts to the ids of BERT's uncased tokens: [CLS], the prompt's, [SEP], padding."""
+    """Prompts to ids of BERT's uncased vocabulary: [CLS], the prompt's word pieces, [SEP], padding."""
 
     def __init__(self, path: str | Path):
         self.model = tokenizers.Tokenizer.from_file(str(path))
@@ -184,7 +184,7 @@ class WordPieces:
             raise ValueError("it has no [CLS], [SEP] and [PAD] tokens")
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Ids (B, length), and their mask (B, length): true where they are no padding. Long prompts are cut."""
+        """Ids (B, length), and their mask (B, length): false for padding. Long prompts are cut."""
         start, end, pad = self.ids
         rows = [[start, *self.model.encode(prompt, add_special_tokens=False).ids[:length - 2], end]
                 for prompt in prompts]
@@ -193,7 +193,7 @@ class WordPieces:
 
 
 class Bag(nn.Module):
-    """Parts under the names of the checkpoint; `RewardModel.forward` calls them itself."""
+    """Container that gives its parts the checkpoint's names; `RewardModel.forward` calls them."""
 
     def __init__(self, **parts: nn.Module | nn.Parameter):
         super().__init__()
@@ -202,7 +202,7 @@ class Bag(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """(B, L, D), (B, N, D), (B, N, D) -> (B, L, D). mask: (B, N), true for the tokens that may be looked at."""
+    """(B, L, D), (B, N, D), (B, N, D) -> (B, L, D). mask: (B, N), true for the tokens to attend to."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, L or N, D / heads)
     mask = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -226,7 +226,7 @@ class ImageLayer(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Post-norm attention of texts to themselves or to images. (B, L, T), (B, N, width of what is seen) -> (B, L, T)"""
+    """Post-norm self- or cross-attention. x (B, L, T), the tokens attended to (B, N, their width) -> (B, L, T)"""
 
     def __init__(self, config: ImageRewardConfig, seen: int):
         super().__init__()
@@ -240,7 +240,7 @@ class TextAttention(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Tokens look at each other, both ways, then at the image. (B, L, T), (B, L), (B, N, D) -> (B, L, T)"""
+    """Self-attention (not causal), cross-attention to the image, MLP. (B, L, T), (B, L), (B, N, D) -> (B, L, T)"""
 
     def __init__(self, config: ImageRewardConfig):
         super().__init__()
@@ -275,8 +275,8 @@ class RewardModel(nn.Module):
             encoder=Bag(layer=nn.ModuleList([TextLayer(config) for _ in range(config.text_layers)])))
         self.blip = Bag(visual_encoder=image, text_encoder=text)
         linears = [nn.Linear(a, b) for a, b in pairwise((text_width, *config.head, 1))]
-        # As published, no activation stands between these layers, so the five act as one. In training a dropout
-        # followed each of the first three, which is why the published numbers of the layers have gaps.
+        # As published, there is no activation between these layers, so the five act as one. In training, dropout
+        # followed each of the first three. That is why the layers' numbers in the checkpoint have gaps.
         self.mlp = Bag(layers=nn.Sequential(*(part for i, linear in enumerate(linears)
                                               for part in ((linear, nn.Identity()) if i < 3 else (linear,)))))
 
@@ -317,9 +317,9 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
                 dtype: torch.dtype = torch.float32) -> ClipReward | ImageReward:
     """The reward in a folder that `convert_weights.py --reward` or `ClipReward.save` wrote.
 
-    config.json tells its kind by its entries. A CLIP: "text_encoder" and "image_encoder", each with a .safetensors file
-    of that name; ImageReward: "image_reward" and its file. Both have tokenizer.json. InputError where anything is
-    absent, damaged or doesn't fit.
+    The entries of config.json tell its kind: "text_encoder" and "image_encoder" for a CLIP, "image_reward" for
+    ImageReward. Each entry has a .safetensors file of its name. Both kinds have tokenizer.json. InputError if anything
+    is missing, damaged or doesn't fit.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -332,7 +332,7 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
         raise InputError(f"{folder} holds no reward (its config.json can't be read: {error}); make one: "
                          f"{command}") from None
     if "family" in entries:
-        raise InputError(f"{folder} is a model that makes pictures, not a reward that judges them; make one: {command}")
+        raise InputError(f"{folder} is a model that makes pictures, not a reward model; make one: {command}")
 
     def part(name: str, kind: Callable[..., nn.Module], config: type) -> nn.Module:
         return build(kind, from_json(config, entries[name], f"{path}, {name}"))
@@ -369,10 +369,10 @@ def load_word_pieces(path: Path, vocab: int) -> WordPieces:
 
 
 def add_rewards(rewards: list[ClipReward | ImageReward]) -> Callable[[Tensor, list[str]], Tensor]:
-    """Several rewards as one: the negative of ReLU(2 - ImageReward) + 5 (1 - cosine), MaskUNet's loss as released.
+    """Several rewards as one: minus MaskUNet's released loss, the sum of ReLU(2 - ImageReward) and 5 (1 - cosine).
 
     The paper's eq. 10 (arXiv 2505.03097) is a sum without signs and weights. A single reward is returned unchanged:
-    AdamW, which climbs it, is blind to its scale, and there is no reason to stop at 2.
+    AdamW's steps don't depend on the scale of the reward, and there is no reason to stop at 2.
     """
     if len(rewards) == 1:
         return rewards[0]
