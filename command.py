@@ -1,4 +1,4 @@
-"""What every command of this project needs. It imports nothing of ours.
+"""What every command of this project needs. It imports no other module of the project.
 
 Wrong input raises `InputError`; `run_command` shows it as one line. Output files are written through `replacing`, so
 that a stopped command leaves no broken file.
@@ -22,7 +22,7 @@ OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a s
 
 
 class InputError(ValueError):
-    """Something that a person gave is wrong. The message is one sentence: what, where, what to do."""
+    """The user's input is wrong. The message is one sentence: what is wrong, where, and what to do."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -57,7 +57,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(complain(OUT_OF_MEMORY, 2))
     except KeyboardInterrupt:
         sys.exit(complain("stopped; finished files are kept", 130))
-    except BrokenPipeError:                                            # the reader of stdout has closed it, as `head`
+    except BrokenPipeError:                                            # the reader of stdout closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -68,21 +68,21 @@ def complain(message: str, code: int) -> int:
 
 
 def reuse_memory() -> None:
-    """Let freed memory stay with this process and give tensors large pages, on Linux; elsewhere nothing happens.
+    """On Linux, keep freed memory in this process and give tensors large pages; elsewhere, do nothing.
 
-    Otherwise most tensors of several MB are new memory from the system, filled with zeros in pages of 4 KB. That takes
-    a sixth of the time of SD 1.5's U-Net and a quarter of its decoder's, see benchmarks/README.md. Call it before
-    PyTorch makes the first tensor.
+    By default, most tensors of several MB get new memory, which the system fills with zeros in pages of 4 KB. That
+    takes a sixth of the time of SD 1.5's U-Net and a quarter of its VAE decoder's, see benchmarks/README.md. Call this
+    function before PyTorch makes the first tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # PyTorch's switch for large pages
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim, mapped = -1, -3                                          # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        libc.mallopt(mapped, 32 << 20)                                 # larger ones fragment: the decoder's peak rises
+        libc.mallopt(mapped, 32 << 20)                                 # a higher threshold raises the decoder's peak
         libc.mallopt(trim, 256 << 20)
 
 
 def check_device(name: str) -> torch.device:
-    """The device of --device; InputError where it is absent or can't compute."""
+    """The device of --device; InputError if it is missing or can't compute."""
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -93,14 +93,14 @@ def check_device(name: str) -> torch.device:
 
 
 def check_flags(*rows: tuple[str, bool, str]) -> None:
-    """InputError for the first flag whose value isn't legal. A row: the flag, whether it is legal, what is legal."""
+    """InputError for the first flag with an illegal value. A row: the flag, whether it is legal, the legal values."""
     for flag, ok, legal in rows:
         if not ok:
             raise InputError(f"{flag} must be {legal}")
 
 
 def check_writable(folder: Path) -> None:
-    """InputError where files can't be written to the folder: better now than after hours of work."""
+    """InputError if files can't be written to the folder: called before hours of work, not after them."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -111,7 +111,7 @@ def check_writable(folder: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name next to `path` to write to. It becomes `path` only if the block ends without an error."""
-    part = path.with_name(f".{os.getpid()}.{path.name[-40:]}.part")    # no longer than a name may be
+    part = path.with_name(f".{os.getpid()}.{path.name[-40:]}.part")    # file systems limit the length of names
     try:
         yield part
         part.chmod(0o666 & ~UMASK)               # safetensors makes its files readable by their owner only
