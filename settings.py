@@ -11,6 +11,7 @@ separate the entries of a list. A backslash protects a comma or, in a list, a co
 """
 import difflib
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -116,13 +117,16 @@ def spell(value: Any, of_file: Callable[[Path], str] = str) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def describe(kind: str, settings: type) -> str:
+def describe(kind: str, settings: type, width: int = 100) -> str:
     """A dataclass as help: its first line, then every field with its default, legal words and docstring entry."""
     text, hints = settings.__doc__ or "", get_type_hints(settings)
     said = dict(re.findall(r"^    (\w+): (.+?)(?=^    \S|\Z)", text, re.M | re.S))
-    lines = [f"{kind}: {text.splitlines()[0]}" if kind else text.splitlines()[0]]
+    title = f"{kind}: {text.splitlines()[0]}" if kind else text.splitlines()[0]
+    lines = [textwrap.fill(title, width, subsequent_indent=" " * 4)]
     for field in fields(settings):
         default = "required" if field.default is MISSING else spell(field.default)
-        words = f", {legal(hints[field.name])}" if get_origin(hints[field.name]) is Literal else ""
-        lines.append(f"  {field.name} ({default}{words})  {' '.join(said.get(field.name, '').split())}")
+        words = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
+        others = "".join(f" or {word}" for word in words if str(word) != default)
+        entry = " ".join(said.get(field.name, "").split())
+        lines.append(textwrap.fill(f"  {field.name} ({default}{others})  {entry}", width, subsequent_indent=" " * 6))
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -128,7 +129,7 @@ class HelpTechnique(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
         for kind, settings in TECHNIQUES[rest[1]][1].items():
-            print(describe(kind, settings))
+            print(describe(kind, settings, shutil.get_terminal_size().columns))
         parser.exit()
 
 

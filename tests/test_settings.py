@@ -86,10 +86,10 @@ def test_the_text_is_what_a_call_in_python_has():
 @pytest.mark.parametrize("name,kind", KINDS)
 def test_the_help_of_a_technique_has_every_setting_with_its_default_and_its_own_words(name, kind):
     cls = TECHNIQUES[name][1][kind]
-    lines, hints = describe(kind, cls).splitlines(), get_type_hints(cls)
+    lines, hints = describe(kind, cls, width=10_000).splitlines(), get_type_hints(cls)
     assert len(lines) == 1 + len(fields(cls)) and lines[0].startswith(kind) and lines[0].endswith(".")
     for field, line in zip(fields(cls), lines[1:]):
-        default, words, said = re.fullmatch(rf"  {field.name} \(([^,)]+)(, .+?)?\)  (\S.*[.)])", line).groups()
+        default, words, said = re.fullmatch(rf"  {field.name} \(([^ )]+)( or .+?)?\)  (\S.*[.)])", line).groups()
         assert cls.__doc__.count(f"\n    {field.name}: ") == 1 and said[:20] in cls.__doc__
         assert default == "required" if field.default is MISSING else \
             convert(default, hints[field.name], field.name) == field.default
@@ -161,6 +161,7 @@ def test_the_help_fits_a_screen_and_names_every_technique(command, monkeypatch):
         code, said, _ = command(main, "--help-technique", name)
         assert code == 0 and f"--{name} " in stdout
         assert said == "".join(describe(kind, cls) + "\n" for kind, cls in kinds.items())
+        assert max(map(len, said.splitlines())) <= 100
 
 
 # ---------------------------------------------------------------------------------------------------------- metadata
