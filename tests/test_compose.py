@@ -3,79 +3,88 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import NARROW, UNETS, XL, randn, seeded
+from torch import Tensor
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from freescale import FreeScale
-from freeu import FreeU
-from maskunet import Masks, RandomMasks
-from sampler import generate
-from unet import UNet, UNetConfig
+from freeu import FreeU, SkipTuning
+from highres import DemoFusion, HiDiffusion, ScaleCrafter
+from maskunet import RandomMasks
+from sampler import SAMPLERS, Condition, generate, plan
+from unet import UNetConfig
 
-NARROW = UNetConfig(channels=(8, 16, 24, 24), heads=(2, 2, 2, 2), context_dim=8, groups=4)
-XL = UNetConfig(channels=(8, 16, 24), depth=(0, 1, 2), heads=(1, 2, 2), context_dim=8, groups=4, linear_proj=True,
-                add_dim=56, add_time_dim=4)
-STEPS, SIZE = 8, 8
+STEPS, SIZE = 3, 8
+FAMILY = pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
 
-FREEU = {"plain": None, "FreeU": FreeU(1.2, 1.4, 0.9, 0.4)}
-CACHE = {"no cache": None, "DeepCache": DeepCache(2, 1), "Faster": FasterDiffusion(2),
-         "parallel": FasterDiffusion(3, parallel=True), "Inherit": Inherit("d4-u4", 2)}
-TGATE = {"no gate": None, "T-GATE": TGate(3), "T-GATE, guidance kept": TGate(3, guidance="keep")}
-MASKS = {"no masks": None, "masks": Masks(RandomMasks(0.2))}
-SCALE = {"one size": None, "FreeScale": FreeScale(((32, 32), (64, 64)), native=4)}
-ALL = list(product(FREEU, CACHE, TGATE, MASKS, SCALE))
-
-
-def unet(config: UNetConfig) -> UNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(0)
-        return UNet(config).requires_grad_(False).eval()
-
-
-UNETS = {"sd": unet(NARROW), "sdxl": unet(XL)}
+# By the name of the argument: what it can be, and first that it is left out
+FREEU = {"": None, "FreeU": FreeU(1.2, 1.4, 0.9, 0.4)}
+SKIPS = {"": None, "Skip-Tuning": SkipTuning(0.8)}
+CACHE = {"": None, "DeepCache": DeepCache(2, 1), "Faster": FasterDiffusion(2), "Inherit": Inherit("d4-u4", 2),
+         "parallel": FasterDiffusion(3, parallel=True)}
+TGATE = {"": None, "T-GATE": TGate(2), "T-GATE, guidance kept": TGate(2, guidance="keep")}
+MASKS = {"": None, "masks": RandomMasks(0.2)}
+FREESCALE = {"": None, "FreeScale": FreeScale(((32, 32), (64, 64)), native=4)}
+HIGHRES = {"": None, "ScaleCrafter": ScaleCrafter(native=4), "HiDiffusion": HiDiffusion(native=4),
+           "DemoFusion": DemoFusion(native=6)}
+TABLES = dict(freeu=FREEU, skips=SKIPS, cache=CACHE, tgate=TGATE, masks=MASKS, freescale=FREESCALE)
+LARGE = dict(freeu=FREEU, skips=SKIPS, masks=MASKS, highres=HIGHRES)
+ALL, ALL_LARGE = list(product(*TABLES.values())), list(product(*LARGE.values()))
+MANY = [*((TABLES, names) for names in ALL[3::11]), *((LARGE, names) for names in ALL_LARGE[3::5])]
+SOME = pytest.mark.parametrize("tables,names", MANY, ids=[", ".join(filter(None, names)) for _, names in MANY])
 
 
-def randn(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(family: str, names: tuple[str, ...], images: tuple[int, ...] = (0, 1), **more) -> torch.Tensor:
+def run(config: UNetConfig, tables: dict, names: tuple[str, ...], images: tuple[int, ...] = (0,),
+        sampler: str = "ddim", low_memory: bool = False) -> Tensor:
     """Latents of these images with the techniques of these names."""
-    freeu, cache, tgate, masks, scale = (table[name] for table, name in zip((FREEU, CACHE, TGATE, MASKS, SCALE), names))
-    rows = lambda width, seed: torch.cat([randn(1, *width, seed=100 * seed + k) for k in images])
-    added = rows((56,), 3) if family == "sdxl" else None
-    init = rows((4, SIZE, SIZE), 4) if scale is not None else None
+    def rows(*shape: int, seed: int) -> Tensor:
+        return torch.cat([randn(1, *shape, seed=100 * seed + k) for k in images])
+    techniques = {argument: tables[argument][name] for argument, name in zip(tables, names)}
+    added = rows(config.add_dim, seed=3) if config.add_dim else None
+    init = rows(4, SIZE, SIZE, seed=4) if techniques.get("freescale") else None
     *_, (_, latents) = generate(
-        UNETS[family], rows((4, SIZE, SIZE), 0), rows((5, 8), 1), rows((5, 8), 2), STEPS, cfg_scale=3.0, added=added,
-        generators=[torch.Generator().manual_seed(k) for k in images], freeu=freeu, cache=cache, tgate=tgate,
-        masks=masks, freescale=scale, init=init, strength=1.0, **more)
+        UNETS[config], rows(4, SIZE, SIZE, seed=0), Condition(rows(5, 8, seed=1), added),
+        Condition(rows(5, 8, seed=2), added), plan(sampler, STEPS), 3.0, init, generators=seeded(*images),
+        low_memory=low_memory, **techniques)
     return latents
 
 
-@pytest.mark.parametrize("family", UNETS)
-def test_every_subset_runs_and_each_changes_the_picture(family):
-    pictures = {names: run(family, names) for names in ALL}
+@FAMILY
+@pytest.mark.parametrize("tables", [TABLES, LARGE], ids=["at any size", "large"])
+def test_every_subset_runs_and_each_technique_changes_the_picture(config, tables):
+    pictures = {names: run(config, tables, names) for names in product(*tables.values())}
     assert all(latents.isfinite().all() for latents in pictures.values())
     for names, latents in pictures.items():
-        for i, table in enumerate((FREEU, CACHE, TGATE, MASKS, SCALE)):
-            off = (*names[:i], next(iter(table)), *names[i + 1:])
+        for i in range(len(names)):
+            off = (*names[:i], "", *names[i + 1:])
             assert off == names or not torch.equal(latents, pictures[off]), f"{names[i]} does nothing in {names}"
 
 
-@pytest.mark.parametrize("names", [names for k, names in enumerate(ALL) if k % 5 == 3])
-def test_a_run_repeats_itself_and_images_do_not_see_each_other(names):
-    both = run("sd", names)
-    assert torch.equal(run("sd", names), both)
+@SOME
+def test_a_run_repeats_itself_and_images_do_not_see_each_other(tables, names):
+    both = run(NARROW, tables, names, (0, 1))
+    assert torch.equal(run(NARROW, tables, names, (0, 1)), both)
     for k in (0, 1):
-        torch.testing.assert_close(run("sd", names, (k,)), both[k:k + 1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run(NARROW, tables, names, (k,)), both[k:k + 1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", UNETS)
-@pytest.mark.parametrize("names", ALL[::7])
-def test_guidance_in_two_passes_is_that_in_one(family, names):
-    torch.testing.assert_close(run(family, names, low_memory=True), run(family, names), rtol=1e-4, atol=1e-4)
+@FAMILY
+@SOME
+def test_guidance_in_two_passes_is_that_in_one(config, tables, names):
+    one, two = (run(config, tables, names, low_memory=low) for low in (False, True))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras", "euler-a"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("cache", CACHE)
 def test_all_at_once_runs_with_every_sampler(sampler, cache):
-    assert run("sd", ("FreeU", cache, "T-GATE", "masks", "FreeScale"), sampler=sampler).isfinite().all()
+    names = ("FreeU", "Skip-Tuning", cache, "T-GATE", "masks", "FreeScale")
+    assert run(NARROW, TABLES, names, sampler=sampler).isfinite().all()
+
+
+@FAMILY
+@pytest.mark.parametrize("highres", ["ScaleCrafter", "HiDiffusion"])
+@pytest.mark.parametrize("cache", CACHE)
+def test_dilation_and_smaller_maps_run_with_every_cache_and_tgate(config, highres, cache):
+    tables = LARGE | dict(cache=CACHE, tgate=TGATE)
+    assert run(config, tables, ("FreeU", "Skip-Tuning", "masks", highres, cache, "T-GATE")).isfinite().all()
