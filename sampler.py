@@ -1,10 +1,10 @@
 """Samplers: from noise to a latent, one U-Net call after the other.
 
-Start at `generate`, the loop, which owns the number of the call and names every technique that acts on latents. A
-solver (`ddim`, `dpm_solver`, `heun`) is a small function that keeps its own memory. `Plan` lists the calls of a run.
+Start at `generate`, the loop: it counts the calls and names every technique that acts on latents. A solver (`ddim`,
+`dpm_solver`, `heun`) is a small function that remembers what it needs of earlier calls. `Plan` lists a run's calls.
 Everywhere x is what the U-Net was trained on, x = sqrt(alpha) x0 + sqrt(1 - alpha) eps, with alpha the "alpha-bar" of
 DDPM. In these coordinates Euler's method is DDIM at other times, and ancestral Euler is DDIM with eta = 1: one formula
-serves the three. (Elsewhere Euler runs on x / sqrt(alpha), whose noise level is sigma = sqrt((1 - alpha) / alpha).)
+serves all three. (Elsewhere Euler runs on x / sqrt(alpha), whose noise level is sigma = sqrt((1 - alpha) / alpha).)
 Sources: DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095; Euler, Heun and Karras' sigmas, arXiv 2206.00364;
 guidance, arXiv 2207.12598. Checked against diffusers 0.42.1, whose times, betas and last steps are those of the
 published models.
@@ -43,7 +43,7 @@ class NoiseSchedule:
 class Plan:
     """The calls of a run: call i is made at times[i] and leads from noise level now[i] to after[i].
 
-    A denoising step is one call of the U-Net, or two with Heun's method. begins[i]: does call i begin a step?
+    A denoising step is one call of the U-Net, or two with Heun's method. begins[i]: does call i begin a denoising step?
     """
     sampler: str
     spacing: str
@@ -51,11 +51,11 @@ class Plan:
     eta: float
     prediction: str                    # what the U-Net predicts, "epsilon" or "v"
     train_steps: int
-    times: tuple[float, ...]           # falling; times can repeat, so nothing is ever looked up by its time
+    times: tuple[float, ...]           # descending; a time can repeat, so calls are looked up by number only
     now: tuple[float, ...]             # alpha at each call
-    after: tuple[float, ...]           # alpha after it: the next call's, or near it (DDIM counts back a fixed stride)
+    after: tuple[float, ...]           # alpha after each call: the next call's, or near it (DDIM: a fixed stride away)
     begins: tuple[bool, ...]
-    start_scale: float                 # the pure noise of the first call is multiplied by this
+    start_scale: float                 # the noise that the first call begins with is multiplied by this
 
     @property
     def calls(self) -> int:
@@ -66,7 +66,7 @@ class Plan:
         return sum(self.begins)
 
     def fraction(self, i: int) -> float:
-        """The part of all steps that is done before the step of call i, from 0 to below 1."""
+        """The fraction of all steps that come before the step of call i: from 0 to below 1."""
         return (sum(self.begins[:i + 1]) - 1) / self.steps
 
     def first_call(self, step: int) -> int:
@@ -76,11 +76,11 @@ class Plan:
 
 def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), spacing: str | None = None,
          eta: float = 0.0, prediction: str = "epsilon") -> Plan:
-    """The calls of a run of so many steps. spacing None: the schedule's own, or diffusers' default for the sampler.
+    """The calls of a run of `steps` denoising steps. spacing None: the schedule's, or diffusers' for the sampler.
 
-    eta: 0 is DDIM, 1 as much noise as DDPM; for "ddim" and "euler" ("euler-a" is "euler" with eta 1).
-    ValueError for an unknown sampler, spacing or prediction, for steps outside 1..train_steps, and for an eta outside
-    0..1 or of a deterministic sampler.
+    eta: 0 adds no noise, 1 as much as DDPM; for "ddim" and "euler" only ("euler-a" is "euler" with eta 1).
+    ValueError for an unknown sampler, spacing or prediction, for steps outside 1..train_steps, for an eta outside 0..1
+    and for an eta above 0 with a deterministic sampler.
     """
     T = schedule.train_steps
     if sampler not in SAMPLERS:
@@ -108,7 +108,7 @@ def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), sp
         raise ValueError(f"unknown spacing {spacing!r}; there are leading, linspace, trailing")
     times = times[:steps].clip(0, T - 1)
     if not name.startswith(("euler", "heun")):
-        times = times.round()                                          # only these two visit fractional times
+        times = times.round()                                          # only Euler and Heun use fractional times
 
     table = schedule.alphas().double().numpy()
     if name == "ddim":
@@ -126,7 +126,7 @@ def plan(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(), sp
             times = times.round() if name == "dpm++2m" else times
         now = (1 / (1 + sigma ** 2)).tolist()
         after = [*now[1:], 1.0]
-        # Euler's first x is noise without sqrt(alpha) x0, whose variance is a little less than 1, except with "leading"
+        # Euler and Heun begin with x = sqrt(1 - alpha) eps, of variance just below 1; with "leading", of variance 1
         short = name.startswith(("euler", "heun")) and spacing != "leading"
         start_scale = math.sqrt(1 - now[0]) if short else 1.0
     times, begins = times.tolist(), [True] * steps
@@ -150,7 +150,7 @@ Step = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def ddim(plan: Plan, noise: Callable[[], Tensor]) -> Step:
-    """DDIM, eq. 12 and 16 of arXiv 2010.02502; Euler; with eta = 1 ancestral Euler."""
+    """DDIM, eq. 12 and 16 of arXiv 2010.02502. Also Euler's method and, with eta = 1, ancestral Euler."""
     def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         now, after = plan.now[i], plan.after[i]
         variance = plan.eta ** 2 * (1 - after) / (1 - now) * (1 - now / after)
@@ -160,7 +160,7 @@ def ddim(plan: Plan, noise: Callable[[], Tensor]) -> Step:
 
 
 def dpm_solver(plan: Plan, noise: Callable[[], Tensor]) -> Step:
-    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: extrapolates x0 from this step's and the last step's."""
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: extrapolates x0 from this step's and the previous step's."""
     last_x0, last_h = None, 0.0
 
     def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def dpm_solver(plan: Plan, noise: Callable[[], Tensor]) -> Step:
         now, after = plan.now[i], plan.after[i]
         h = half_log_snr(after) - half_log_snr(now)
         d = x0
-        if last_h > 0 and h < math.inf:                                # first order: first step, and to alpha = 1
+        if last_h > 0 and h < math.inf:                                # first order: in the first step, or to alpha = 1
             d = x0 + 0.5 * (h / last_h) * (x0 - last_x0)
         last_x0, last_h = x0, h
         return math.sqrt((1 - after) / (1 - now)) * x - math.sqrt(after) * math.expm1(-h) * d
@@ -176,7 +176,7 @@ def dpm_solver(plan: Plan, noise: Callable[[], Tensor]) -> Step:
 
 
 def heun(plan: Plan, noise: Callable[[], Tensor]) -> Step:
-    """Heun's method, algorithm 1 of arXiv 2206.00364: a step of Euler's, then the step again with the mean slope."""
+    """Heun's method, algorithm 1 of arXiv 2206.00364: an Euler step, then that step with the mean of both slopes."""
     start = None                                                       # x, alpha and slope at the start of the step
 
     def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def half_log_snr(alpha: float) -> float:
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 class Condition(NamedTuple):
-    """What the U-Net is told beside latents and time: a text (B, L, D); for SDXL, pooled text and sizes (B, add_dim).
+    """The U-Net's inputs besides latents and time: text (B, L, D) and, for SDXL, pooled text and sizes (B, add_dim).
 
     words: the B texts themselves, for techniques that read them.
     """
@@ -217,36 +217,36 @@ class Condition(NamedTuple):
 
 @dataclass
 class Run:
-    """What is known when a run begins. `settings.start(run)` makes a technique's state from it, for this run alone.
+    """What is known when a run begins. From it, `settings.start(run)` makes the state of a technique for this run.
 
-    acting: these states, by the name of their field in `Techniques`. A state's method at(calls, halves) gives what
-    stands in that field at a call, or at several calls that are decoded in one batch.
+    acting: these states, by the name of their field in `Techniques`. A state's method at(calls, halves) returns the
+    value of that field for one call, or for several calls that are decoded in one batch.
     """
     unet: Callable[..., Tensor]
     plan: Plan
-    first: int                                 # the first call; not 0 where a picture is redrawn in part
+    first: int                                 # the first call that is made; above 0 in img2img
     noise: Tensor                              # (B, 4, h, w), unit variance
     init: Tensor | None
     branches: tuple[Condition, ...]            # the negative prompt and the prompt, or the prompt alone
     generators: list[torch.Generator] | None
-    turns: frozenset[int]                      # calls at which nothing older may be reused
+    turns: frozenset[int]                      # calls that must not reuse anything older
     acting: dict[str, Any] = field(default_factory=dict)
     known: dict[tuple[int, ...], tuple] = field(default_factory=dict)  # see `inputs`
 
     def network(self, technique: str) -> UNet:
-        """The U-Net, for a technique that must look into it. ValueError where a function stands in its place."""
+        """The U-Net, for a technique that needs its layers. ValueError if `unet` is a plain function."""
         if not hasattr(self.unet, "units"):
-            raise ValueError(f"{technique} needs a UNet, in which it acts, and a function was given: leave it out")
+            raise ValueError(f"{technique} needs a UNet, but a plain function was given: leave the technique out")
         return self.unet
 
     def halves(self, i: int) -> tuple[int, ...]:
-        """The numbers of the branches that call i needs: both, or without guidance the last, the prompt's."""
+        """The numbers of the branches that call i needs: both or, without guidance, only the prompt's (the last)."""
         last = len(self.branches) - 1
         guided = all(state.guided(i) for state in self.acting.values() if hasattr(state, "guided"))
         return tuple(range(last + 1)) if guided else (last,)
 
     def on(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> Techniques:
-        """What acts in the U-Net at a call of these branches, or at several calls in one batch."""
+        """The techniques that act in the U-Net in one call of these branches, or in several calls in one batch."""
         now = {name: state.at(calls, halves) for name, state in self.acting.items()}
         return Techniques(**now) if any(acts is not None for acts in now.values()) else OFF
 
@@ -255,7 +255,7 @@ class Run:
         return all(state.alike(i, j) for state in self.acting.values() if hasattr(state, "alike"))
 
     def inputs(self, halves: tuple[int, ...]) -> tuple[Any, Any, Tensor | None]:
-        """Times by call, text, and added condition of these branches in one batch: made once, as x changes none."""
+        """Times per call, text and added condition for a batch of these branches. Made once: they don't depend on x."""
         if halves not in self.known:
             contexts, added, _ = zip(*(self.branches[half] for half in halves))
             context, added = torch.cat(contexts), None if added[0] is None else torch.cat(added)
@@ -270,12 +270,12 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
     """Yields (number of the call, latents after it); the last latents are the result, (B, 4, h, w), VAE-scaled.
 
     unet: a `UNet`, or any function (x, t, context, added) -> prediction, with t a scalar tensor. Gradients are recorded
-        unless the caller says torch.no_grad().
+        unless the caller uses torch.no_grad().
     noise: (B, 4, h, w), unit variance; the solver computes in its dtype.
     negative, cfg_scale: guidance is negative + cfg_scale * (prompt - negative). A scale of 1, or None as negative,
         means no guidance, with one branch instead of two; 0 follows the negative prompt alone.
-    init, strength: start from these latents (B, 4, h, w), noised, and run only the last `strength` of the steps.
-    generators: one CPU generator per image; needed where noise is drawn at every step (eta > 0, "euler-a").
+    init, strength: add noise to these latents (B, 4, h, w) and run only the last steps, `strength` (0..1) of them all.
+    generators: one CPU generator per image; needed if noise is drawn at every step (eta > 0, "euler-a").
     low_memory: run the branches of guidance one after the other: the same result with half the activations.
     techniques: settings by the name of their field in `unet.Techniques`, such as freeu=FreeU(1.3, 1.4, 0.9, 0.2).
     """
@@ -292,7 +292,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
         rows = torch.cat([x.to(prompt.context.dtype)] * len(halves))
         return unet(rows, times[i], text, added, **({} if on is OFF else {"on": on}))
 
-    if cache is not None and cache.parallel:                           # Faster Diffusion: several calls decoded at once
+    if cache is not None and cache.parallel:                           # Faster Diffusion: several calls in one batch
         call = cache.ahead
     if highres is not None:                                            # DemoFusion: windows and parts of the latent
         call = highres.around(call)
@@ -314,11 +314,11 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
     x = noise * plan.start_scale if init is None else add_noise(init, noise, plan.now[run.first])
     for i in range(run.first, plan.calls):
         if plan.begins[i]:
-            if freescale is not None:                                  # detail control: drawn to the enlarged picture
+            if freescale is not None:                                  # detail control: mixed with the enlarged picture
                 x = freescale.mix(i, x)
             if cache is not None:                                      # Faster Diffusion: prior noise injection
                 x = cache.inject(i, x)
-            if masks is not None:                                      # training-free masks, found on this step's x0
+            if masks is not None:                                      # training-free masks: searched for by its x0
                 masks.search(i, x, clean)
         out = predict(x, i)
         if cache is not None and plan.begins[i]:                       # the same injection, in the released order
@@ -330,7 +330,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
 def begin(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, negative: Condition | None, plan: Plan,
           cfg_scale: float, init: Tensor | None, strength: float, generators: list[torch.Generator] | None,
           techniques: dict[str, Any]) -> Run:
-    """A run with the states of its techniques, before its first call. ValueError for what can't run together."""
+    """A run with the states of its techniques, before its first call. ValueError for arguments that don't fit."""
     if plan.eta > 0 and generators is None:
         raise ValueError(f"{plan.sampler} with eta {plan.eta:g} draws noise at every step: pass generators, one per "
                          "image")
@@ -355,7 +355,7 @@ def begin(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, negativ
 
 
 def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan, added: Tensor | None) -> tuple[Any, Any]:
-    """Shifts of all times, by call, and keys and values of the text; for a function, both as they are."""
+    """The shifts per call, and the text's keys and values; for a plain function, the times and the text unchanged."""
     times = torch.tensor(plan.times, device=context.device)
     if not hasattr(unet, "units"):
         return times, context
@@ -363,9 +363,9 @@ def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan, added: Ten
 
 
 def invert(unet: Callable[..., Tensor], latents: Tensor, prompt: Condition, plan: Plan) -> Iterator[tuple[int, Tensor]]:
-    """DDIM backwards: from VAE-scaled latents to the noise from which `generate` (no guidance) draws them again.
+    """DDIM inversion: from VAE-scaled latents to the noise from which `generate`, without guidance, remakes them.
 
-    plan: of "ddim". Yields (number of the call that is undone, latents before it), from the last call to call 0. Exact
+    plan: one for "ddim". Yields (number of the inverted call, latents before it), from the last call to call 0. Exact
     only in the limit of many steps: each prediction is made at the time of the call, but from the latents after it
     (arXiv 2105.05233, app. F).
     """
@@ -383,7 +383,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: float) -> Tensor:
 
 
 def x0_and_eps(x: Tensor, out: Tensor, alpha: float, prediction: str) -> tuple[Tensor, Tensor]:
-    """The clean latent and the noise that x = sqrt(alpha) x0 + sqrt(1 - alpha) eps consists of, by the prediction."""
+    """The clean latent x0 and the noise eps of x = sqrt(alpha) x0 + sqrt(1 - alpha) eps, from the U-Net's output."""
     a, s = math.sqrt(alpha), math.sqrt(1 - alpha)
     if prediction == "v":                                              # v = a eps - s x0, arXiv 2202.00512
         return a * x - s * out, a * out + s * x
@@ -391,5 +391,5 @@ def x0_and_eps(x: Tensor, out: Tensor, alpha: float, prediction: str) -> tuple[T
 
 
 def draw_noise(generators: list[torch.Generator], like: Tensor) -> Tensor:
-    """Unit noise shaped like (B, ...): row k from generator k, drawn on the CPU in float32 whatever the device."""
+    """Unit noise shaped like (B, ...): row k from generator k, always drawn on the CPU in float32."""
     return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
