@@ -24,7 +24,7 @@ from torch import Tensor, nn
 class UNetConfig:
     """What differs between U-Nets. The defaults are those of Stable Diffusion 1.x."""
     in_channels: int = 4                                  # latent channels, in and out
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)    # one entry a level; each level but the last halves the map
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)    # one entry per level; each but the last halves the map
     layers: int = 2                                       # ResBlocks per level on the way down (one more on the way up)
     depth: tuple[int, ...] = (1, 1, 1, 0)                 # TransformerBlocks after each ResBlock, by level; 0: none
     mid_depth: int = 1                                    # TransformerBlocks in the middle
@@ -34,11 +34,11 @@ class UNetConfig:
     upcast_attention: bool = False                        # SD 2.1: q k^T overflows float16, so attend in float32
     add_dim: int = 0                                      # SDXL: width of the added condition (pooled text and sizes)
     add_time_dim: int = 256                               # SDXL: sinusoid width of each of the six image sizes
-    groups: int = 32                                      # of every GroupNorm
+    groups: int = 32                                      # number of groups in every GroupNorm
 
 
-WIDE = 320 * 320          # weights of a layer from which it is a convolution on a CPU, see `project`
-CHUNK = 32768              # tokens that a feed-forward layer takes at a time; SDXL's largest at 1024 pixels has 4096
+WIDE = 320 * 320          # linear layers with at least this many weights run as convolutions on a CPU, see `project`
+CHUNK = 32768              # tokens that a feed-forward layer processes at a time; SDXL at 1024 pixels has at most 4096
 
 CONFIGS = {
     "sd15": UNetConfig(),
@@ -52,18 +52,18 @@ CONFIGS = {
 # ------------------------------------------------------------------------------------------- where techniques act
 
 class Techniques(NamedTuple):
-    """What acts in one pass beside the weights. Each field is one place in the passes below; None: nothing acts there.
+    """The techniques that act in one pass. Each field is one place in the passes below; None: nothing acts there.
 
-    A field has the name of the flag of txt2img.py and of the argument of `StableDiffusion.sample` that fill it. Any
-    object with the methods that its place calls can stand there: nothing is registered, no module is changed.
+    A field has the same name as its flag of txt2img.py and its argument of `StableDiffusion.sample`. Its value is any
+    object with the methods that are called at its place: nothing is registered, no module is changed.
     """
     freescale: "Scale | None" = None        # dilated convolutions, windows in self-attention               freescale.py
     highres: "Scale | None" = None          # the same places, and the size of the maps in between          highres.py
-    cache: "Cache | None" = None            # which units run, and what stands in for the others            cache.py
-    freeu: "Meeting | None" = None          # factors on the backbone and on the skip where they meet       freeu.py
+    cache: "Cache | None" = None            # which units run, and the outputs reused for the others        cache.py
+    freeu: "Meeting | None" = None          # factors on the backbone and the skip before they are joined   freeu.py
     skips: "Meeting | None" = None          # a factor per skip: Skip-Tuning, ScaleLong                     freeu.py
-    tgate: "Gate | None" = None             # whether the text is attended to, or the last result reused    cache.py
-    attend: "Editor | None" = None          # what stands in for one attention: who looks at what
+    tgate: "Gate | None" = None             # whether cross-attention runs, or its last result is reused    cache.py
+    attend: "Editor | None" = None          # replaces an attention, to change which tokens it attends to
     masks: "Weights | None" = None          # the weight of a linear layer in this pass                     maskunet.py
 
 
@@ -106,7 +106,7 @@ class Weights(Protocol):
 # ----------------------------------------------------------------------------------------------------------- layers
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Numbers (B,) as waves (B, dim): cosines, then sines, wavelengths from 2 pi to 20,000 pi. Always float32."""
+    """Sinusoidal embedding, (B,) -> (B, dim): cosines, then sines, of wavelengths 2 pi to 20,000 pi. Always float32."""
     half = dim // 2
     frequency = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
     angle = t.float()[:, None] * frequency
@@ -126,7 +126,7 @@ class Embedding(nn.Module):
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, unit: int, on: Techniques) -> Tensor:
-    """A 3x3 convolution of a unit, as it is or as large pictures need it. (B, C_in, H, W) -> (B, C_out, H, W)"""
+    """A 3x3 convolution of a unit; techniques for large pictures change it. (B, C_in, H, W) -> (B, C_out, H, W)"""
     if on.freescale is not None:                                       # FreeScale: dilated in the deep encoder
         return on.freescale.convolve(conv, x, unit)
     if on.highres is not None:                                         # ScaleCrafter: dilated; HiDiffusion: sparse
@@ -135,7 +135,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, unit: int, on: Techniques) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; in between, the time adds one number to each channel.
+    """Two 3x3 convolutions and a shortcut; between the two, a shift computed from the time is added.
 
     (B, C_in, H, W), shift (B or 1, C_out) -> (B, C_out, H, W). The shift comes from `UNet.embed_time`.
     """
@@ -158,8 +158,8 @@ class ResBlock(nn.Module):
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, (B, N, C_in) -> (B, N, C_out). On a CPU, wide layers in float32 run as a 1x1 convolution.
 
-    PyTorch computes the convolution by oneDNN and the product by MKL. With two threads of an AMD processor, oneDNN was
-    1.3 times as fast; with one thread there was no difference. See `benchmarks/README.md`.
+    PyTorch computes the convolution with oneDNN and the matrix product with MKL. On two threads of an AMD processor,
+    oneDNN was 1.3 times as fast; on one thread there was no difference. See `benchmarks/README.md`.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < WIDE:
         return F.linear(x, weight, bias)
@@ -167,7 +167,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear(layer: nn.Linear, x: Tensor, on: Techniques = OFF) -> Tensor:
-    """(B, N, C_in) -> (B, N, C_out), by the layer's own weight or, with masks, by what stands in for it."""
+    """(B, N, C_in) -> (B, N, C_out), with the layer's own weight or, with masks, the weight they give it."""
     weight = layer.weight if on.masks is None else on.masks.of(layer)
     if weight.dim() == 2:
         return project(x, weight, layer.bias)
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, C / heads)
 
     def keys_values(self, context: Tensor, on: Techniques = OFF) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> what `forward` attends to. For a text it is the same at every step: see `UNet.embed_text`."""
+        """(B, L, D) -> keys and values for `forward`. Those of a text are the same at every step: `UNet.embed_text`."""
         return self.split(linear(self.to_k, context, on)), self.split(linear(self.to_v, context, on))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, on: Techniques = OFF) -> Tensor:
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         dtype = q.dtype
         if self.upcast and dtype in (torch.float16, torch.bfloat16):
             q, k, v = q.float(), k.float(), v.float()
-        h = None if on.attend is None else on.attend(self, q, k, v)    # an editor sees and changes who looks at what
+        h = None if on.attend is None else on.attend(self, q, k, v)    # an editor may replace the attention
         if h is None:
             h = F.scaled_dot_product_attention(q, k, v)
         return h.to(dtype).transpose(1, 2).flatten(2)
@@ -221,11 +221,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """(B, N, C) -> (B, N, C), through four times the width; CHUNK tokens at a time, to bound the memory."""
+    """(B, N, C) -> (B, N, C), with a hidden width of 4 C; CHUNK tokens at a time, to bound the memory."""
 
     def __init__(self, channels: int):
         super().__init__()
-        # the names in checkpoints count a dropout between the two layers: "net.0.proj", "net.2"
+        # the Identity stands for the dropout that checkpoints count in their names: "net.0.proj", "net.2"
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward. (B, N, C) -> (B, N, C)
 
-    text: the keys and values of the text for this block; under masks the text (B, L, D) itself, see `words`.
+    text: the keys and values of the text for this block; with masks, the text (B, L, D) itself, see `words`.
     grid: the (H, W) that the N = H * W tokens come from.
     """
 
@@ -252,13 +252,13 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | Tensor, grid: tuple[int, int],
                 on: Techniques = OFF) -> Tensor:
         h = self.norm1(x)
-        if on.freescale is not None:                                   # FreeScale: shapes by windows, detail by all
+        if on.freescale is not None:                                   # FreeScale: shapes by windows, detail globally
             x = x + on.freescale(self.attn1, h, grid, on)
         elif on.highres is not None:                                   # HiDiffusion: in shifted windows
             x = x + on.highres(self.attn1, h, grid, on)
         else:
             x = x + self.attn1(h, self.attn1.keys_values(h, on), on)
-        if on.tgate is None or on.tgate.open:                          # T-GATE: later, the last result stands in
+        if on.tgate is None or on.tgate.open:                          # T-GATE: later, the last result is reused
             text = self.attn2.keys_values(text, on) if isinstance(text, Tensor) else text
             h = self.attn2(self.norm2(x), text, on)
         if on.tgate is not None:
@@ -273,7 +273,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, depth: int, heads: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)    # unlike the ResBlocks' 1e-5
-        # both compute the same; checkpoints differ in the shape of the weight, (C, C) or (C, C, 1, 1)
+        # linear or 1x1 convolution, the result is the same; only the weight's shape differs, (C, C) or (C, C, 1, 1)
         self.proj_in = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([
             TransformerBlock(channels, config.context_dim, heads, config.upcast_attention) for _ in range(depth)])
@@ -289,7 +289,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """A bag for one convolution: stride 2 halves a map, rounding up; stride 1 follows the enlargement of a map."""
+    """Container for one convolution: stride 2 halves a map, rounding up; stride 1 comes after a map is enlarged."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -317,10 +317,10 @@ class Unit(NamedTuple):
 
 
 class PerUnit(NamedTuple):
-    """What does not depend on the latents, made once per run, for each unit of the flat list.
+    """Tensors per unit of the flat list that don't depend on the latents, so that they are computed once per run.
 
-    For a time: the shift (B, C_out) of each ResBlock. For a text: the keys and values of each TransformerBlock.
-    source: what all of it was made from, the embedding of the time (B, 4 C) or the text (B, L, D).
+    of: for a time, the shift (B, C_out) of each ResBlock; for a text, the keys and values of each TransformerBlock.
+    source: what they were computed from: the time embedding (B, 4 C), or the text (B, L, D).
     """
     of: list[list[Any]]
     source: Tensor
@@ -371,7 +371,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | PerUnit, context: Tensor | PerUnit, added: Tensor | None = None,
                 on: Techniques = OFF) -> Tensor:
-        """Latents x (B, 4, H, W) at times t, with texts, to the predicted noise (or v) (B, 4, H, W).
+        """Latents x (B, 4, H, W), times t and texts to the predicted noise (or v), (B, 4, H, W).
 
         t: timesteps 0..999, (B,) or a scalar, may be fractional; or the result of `embed_time` for them.
         context: text embeddings (B, L, D); or the result of `embed_text` for them.
@@ -384,9 +384,9 @@ class UNet(nn.Module):
         return self.decode(h, skips, shifts, text, on)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile with these options: the whole module as one graph, and each of its two halves as one.
+        """torch.compile with these options: one graph each for the whole module, for `encode` and for `decode`.
 
-        (Parallel Faster Diffusion calls the halves by themselves.) Each is compiled when it is first called.
+        (Parallel Faster Diffusion calls `encode` and `decode` itself.) Each is compiled when it is first called.
         """
         self.encode, self.decode = (torch.compile(half, **options) for half in (self.encode, self.decode))
         super().compile(**options)
@@ -395,7 +395,7 @@ class UNet(nn.Module):
                on: Techniques = OFF) -> tuple[Tensor | None, list[Tensor | None]]:
         """conv_in, the down units and the middle -> the output of the middle, and the skips, the largest map first.
 
-        With a cache, None stands for an output that nobody reads.
+        With a cache, None stands for an output that no unit needs.
         """
         h, maps = x, []
         for k, unit in enumerate(self.units()[:self.middle + 1]):
@@ -410,7 +410,7 @@ class UNet(nn.Module):
                         h = unit.resnets[1](h, shifts.of[k][1], k, on)
                 if on.highres is not None:                             # HiDiffusion: a smaller map from here on
                     h = on.highres.resize(k, h)
-            if on.cache is not None:                                   # key step: kept; between: what was kept
+            if on.cache is not None:                                   # key step: keeps h; other steps: gives it back
                 h = on.cache.output(k, h)
             maps.append(h)
         return maps[self.middle], maps[:self.middle]
@@ -423,7 +423,7 @@ class UNet(nn.Module):
             if on.cache is None or on.cache.runs(k):
                 if on.highres is not None:                             # HiDiffusion: back to the size of the skip
                     h = on.highres.resize(k, h, skip)
-                if on.masks is not None:                               # MaskUNet: masks by these maps and the time
+                if on.masks is not None:                               # MaskUNet: masks from these maps and the time
                     on.masks.enter(k, h, skip, shifts.source)
                 if on.freeu is not None:                               # FreeU: more of the backbone, less of the skip
                     h, skip = on.freeu(h, skip, i, self.config)
@@ -444,7 +444,7 @@ class UNet(nn.Module):
         return len(self.config.channels) * (self.config.layers + 1)
 
     def units(self) -> list[Unit]:
-        """The flat list. In SD 1.x: conv_in; 3 + 3 + 3 + 2 down units (a third is a downsampler); middle; 4 x 3 up."""
+        """The flat list. In SD 1.x: conv_in; 3 + 3 + 3 + 2 down units (third: a downsampler); middle; 4 x 3 up."""
         units = [Unit(conv=self.conv_in)]
         for level in self.down_blocks:
             units += [Unit(resnets=(resnet,), attention=attention) for resnet, attention in pairs(level)]
@@ -477,7 +477,7 @@ class UNet(nn.Module):
         return [PerUnit([[s[rows] for s in unit] for unit in shifts.of], shifts.source[rows]) for rows in steps]
 
     def embed_text(self, context: Tensor) -> PerUnit:
-        """Text embeddings (B, L, D) to the keys and values of every cross-attention, which no step changes."""
+        """Text embeddings (B, L, D) to the keys and values of every cross-attention; every step uses the same."""
         return PerUnit([[] if unit.attention is None else
                         [block.attn2.keys_values(context) for block in unit.attention.transformer_blocks]
                         for unit in self.units()], context)
