@@ -105,12 +105,14 @@ class Ahead(Injecting):
             shifts, text, _ = run.inputs(halves)
             x = torch.cat([x.to(text.source.dtype)] * len(halves))
             h, skips = run.unet.encode(x, shifts[i], text, run.on((i,), halves))
+            unread = self.middle + 1                                   # the units before the decoder's
             for group in self.groups(i, len(x)):
                 n = len(group)
                 waiting += run.unet.decode(
                     repeat(h, n), [repeat(skip, n) for skip in skips], stack([shifts[j] for j in group], len(x)),
-                    PerUnit([[(repeat(k, n), repeat(v, n)) for k, v in unit] for unit in text.of],
-                            repeat(text.source, n)), run.on(group, halves)).chunk(n)
+                    PerUnit([[]] * unread + [[(repeat(k, n), repeat(v, n)) for k, v in unit]
+                                             for unit in text.of[unread:]], repeat(text.source, n)),
+                    run.on(group, halves)).chunk(n)
         return waiting.pop(0)
 
     def groups(self, i: int, rows: int) -> Iterator[tuple[int, ...]]:

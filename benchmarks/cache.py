@@ -5,12 +5,12 @@
     python -m benchmarks.cache --parts parallel --schedule-size 512 --group 15
     python -m benchmarks.cache --parts passes schedules --device cuda --dtype bfloat16 --schedule-size 512 --rounds 20
 
-Five parts, each a function whose rows are printed as a table: `macs`, of a pass alone, of one latent (no weights are
-made for it); `passes`, the time of a key step and of cheap ones; `schedules`, of whole runs of the sampling loop;
+Five parts, each a function whose rows are printed as a table: `macs`, of one pass of one latent (no weights are made
+for it); `passes`, the time of a key step and of cheap ones; `schedules`, of whole runs of the sampling loop;
 `parallel`, time and memory of one group of parallel Faster Diffusion by its decoder's batch; `tiny`, of complete
 pictures of the tiny model, with the exact score and the likeness to the uncached picture.
-Weights are random except in the last. Times are medians of rounds in one process, in each of which everything is timed
-once, in an order that turns from round to round; speed-ups are medians of each round's own ratio.
+Weights are random except in the last. Times are medians of rounds in one process. Each round times everything once, in
+an order that turns from round to round; speed-ups are medians of each round's own ratio.
 """
 import argparse
 import json
@@ -23,47 +23,48 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate
+from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from command import InputError, replacing, run_command
 from folder import TINY
 from lab.evaluate import evaluate, mixed_prompts
 from lab.study import bootstrap
-from memory import measure, run_macs, unit_macs
+from memory import measure, run_macs, shape_run, unit_macs
 from pictures import psnr
-from sampler import generate
+from sampler import Condition, Run, begin, generate, plan
 from stable_diffusion import StableDiffusion
-from unet import CONFIGS, UNet, sinusoid
+from unet import CONFIGS, OFF, Techniques, UNet, UNetConfig, sinusoid
 
-Techniques = dict[str, Any]                                # the arguments `cache` and `tgate` of a run
+Settings = dict[str, Any]              # of a run, by the names of techniques: cache and tgate
+BOTH = (0, 1)                          # the branches of guidance
 
 
-def schedules_of(steps: int, up_units: int) -> dict[str, Techniques]:
-    """What is compared, by name; the first is what the others are compared with."""
-    gate, center = max(2 * steps // 5, 1), 3 * steps // 10
-    table = {"full": {}}
+def schedules_of(steps: int, config: UNetConfig, only: list[str] | None = None) -> dict[str, Settings]:
+    """What is compared, by name; the first is what the others are compared with. only: texts, of which one is in it."""
+    gate, center, units = max(2 * steps // 5, 1), 3 * steps // 10, len(config.channels) * (config.layers + 1)
+    table = {}
     for keys in ("paper", "rescaled", 2, 4, 5, 10):
         for parallel in (False, True):
             name = f"Faster Diffusion, {keys if isinstance(keys, str) else f'every {keys}'}"
-            table[name + (", parallel" if parallel else "")] = {"cache": FasterDiffusion(keys, parallel)}
+            table[name + (", parallel" if parallel else "")] = {"cache": FasterDiffusion(keys, parallel, alpha=0.0)}
     table |= {f"DeepCache b{b}, N = {n}": {"cache": DeepCache(n, b)} for b in (0, 1, 2) for n in (2, 3, 5, 10)}
     table |= {f"DeepCache b1, N = {n}, around {center}": {"cache": DeepCache(n, 1, center)} for n in (3, 5)}
-    table |= {f"inherit d4-u{up_units - 5}, every 3": {"cache": Inherit(f"d4-u{up_units - 5}", 3)}}
+    table |= {f"inherit d4-u{units - 5}, every 3": {"cache": Inherit(f"d4-u{units - 5}", 3)}}
     table |= {f"T-GATE {gate}": {"tgate": TGate(gate)},
               f"T-GATE {gate}, guidance kept": {"tgate": TGate(gate, guidance="keep")},
               f"T-GATE {gate}, text computed": {"tgate": TGate(gate, text="compute")},
               f"DeepCache b1, N = 3, T-GATE {gate}": {"cache": DeepCache(3, 1), "tgate": TGate(gate)}}
-    return {name: techniques for name, techniques in table.items() if fits(techniques, steps)}
+    return {"full": {}} | {name: settings for name, settings in table.items() if fits(settings, config, steps) and (
+        only is None or any(part in name for part in only))}
 
 
-def fits(techniques: Techniques, steps: int) -> bool:
+def fits(settings: Settings, config: UNetConfig, steps: int) -> bool:
     """Whether a run of so many steps can have this schedule."""
     try:
-        if "cache" in techniques:
-            techniques["cache"].key_steps(steps)
-        if "tgate" in techniques:
-            techniques["tgate"].start(steps, 0)
+        for technique in settings.values():
+            technique.check(config, steps)
     except ValueError:
         return False
     return True
@@ -71,27 +72,23 @@ def fits(techniques: Techniques, steps: int) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
 
-def pass_macs(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | None,
-              features: Features | None = None) -> int:
+def pass_macs(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | None, on: Techniques = OFF) -> int:
     """Multiply-adds of a pass as torch counts them (half its FLOPs), with the time and text projections that it needs.
 
     The sampling loop makes these once for all units and steps; here those of units that run count. On the meta
     device: torch's counter misses the CPU's attention.
     """
     shifts, text = unet.embed_time(t, added), unet.embed_text(context)
-    middle = (list(unet.mid_block.resnets), unet.mid_block.attentions[0])
-    units = [([], None), *(([u.resnet] if u.resnet else [], u.attention) for u in unet.down_units()),
-             middle, *(([u.resnet], u.attention) for u in unet.up_units())]
     with FlopCounterMode(display=False) as counter:
-        unet(x, shifts, text, cache=features)
+        unet(x, shifts, text, on=on)
         emb = unet.time_embedding(sinusoid(t.reshape(-1), unet.config.channels[0]).to(x.dtype))
         if added is not None:
             unet.add_embedding(added)
-        for number, (resnets, attention) in enumerate(units):
-            if features is None or features.runs(number):
-                for resnet in resnets:
+        for k, unit in enumerate(unet.units()):
+            if on.cache is None or on.cache.runs(k):
+                for resnet in unit.resnets:
                     resnet.time_emb_proj(emb)
-                for block in [] if attention is None else attention.transformer_blocks:
+                for block in [] if unit.attention is None else unit.attention.transformer_blocks:
                     block.attn2.keys_values(context)
     return counter.get_total_flops() // 2
 
@@ -103,22 +100,22 @@ def macs(family: str, side: int) -> list[dict[str, Any]]:
         unet = UNet(config)
         x, t, context = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, 77, config.context_dim)
         added = torch.empty(1, config.add_dim) if config.add_dim else None
-    units, n = [sum(unit) for unit in unit_macs(unet, side, side)], len(unet.up_units())
+    units = [sum(unit) for unit in unit_macs(unet, side, side)]
     full = pass_macs(unet, x, t, context, added)
     rows = [{"pass": "full", "G": full / 1e9, "of full": 1.0, "by unit_macs": sum(units) / 1e9}]
 
     def cheap(name: str, cache: FasterDiffusion | DeepCache) -> int:
-        features = cache.start(2, {0}, unet)
-        unet(x, t, context, added, cache=features.at(0))
-        count = pass_macs(unet, x, t, context, added, features.at(1))
+        run = shape_run(unet, side, side, 2, guided=False, cache=cache)
+        unet(x, t, context, added, run.on((0,), (0,)))
+        features, count = run.acting["cache"], pass_macs(unet, x, t, context, added, run.on((1,), (0,)))
         rows.append({"pass": name, "G": count / 1e9, "of full": count / full,
-                     "by unit_macs": sum(units[k] for k in features.between) / 1e9,
-                     "cache, elements a row": sum(h.numel() for h in features.kept.values())})
+                     "by unit_macs": sum(units[k] for k in features.units(1)) / 1e9,
+                     "cache, elements per row": sum(h.numel() for h in features.kept[0,].values())})
         return count
     decoder = cheap("decoder", FasterDiffusion(2))
     rows.insert(1, {"pass": "encoder and middle", "G": (full - decoder) / 1e9, "of full": 1 - decoder / full,
-                    "by unit_macs": sum(units[:n + 1]) / 1e9})
-    for branch in range(n):
+                    "by unit_macs": sum(units[:unet.middle + 1]) / 1e9})
+    for branch in range(unet.middle):
         cheap(f"branch {branch}", DeepCache(2, branch))
     return rows
 
@@ -137,7 +134,7 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def alternate(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call in every round, behind a warm-up; each round begins one further down the list."""
+    """Seconds of every call in every round, after a warm-up; each round begins one further down the list."""
     seconds, names = {name: [] for name in calls}, list(calls)
     for name in names:
         calls[name]()
@@ -157,48 +154,67 @@ def against_first(seconds: dict[str, list[float]], ideal: dict[str, float]) -> l
     return rows
 
 
-def inputs(args: argparse.Namespace, size: int) -> tuple[UNet, Tensor, Tensor, Tensor | None]:
-    """A U-Net with random weights, latents (B, ...), texts and added conditions of guidance's halves (2B, ...)."""
-    config, dtype, rows = CONFIGS[args.family], getattr(torch, args.dtype), 2 * args.batch
+def inputs(args: argparse.Namespace, size: int, device: str | None = None) -> dict[str, Any]:
+    """What `generate` and `begin` need beside a plan: a U-Net with random weights, noise, and guidance's conditions.
+
+    device: None, that of args; "meta": shapes alone.
+    """
+    config, dtype, device = CONFIGS[args.family], getattr(torch, args.dtype), device or args.device
     generator = torch.Generator().manual_seed(0)
-    with torch.device(args.device), torch.random.fork_rng():
+    with torch.device(device), torch.random.fork_rng():
         torch.random.manual_seed(0)
         unet = UNet(config).to(dtype).requires_grad_(False)
     if dtype != torch.float32:
         unet.to(memory_format=torch.channels_last)
-    x = torch.randn(args.batch, 4, size // 8, size // 8, generator=generator).to(args.device)
-    context = torch.randn(rows, 77, config.context_dim, generator=generator).to(args.device, dtype)
-    added = torch.randn(rows, config.add_dim, generator=generator).to(args.device, dtype) if config.add_dim else None
-    return unet, x, context, added
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(args.batch, *shape, generator=generator).to(device)
+
+    def condition() -> Condition:
+        return Condition(random(77, config.context_dim).to(dtype),
+                         random(config.add_dim).to(dtype) if config.add_dim else None)
+    return dict(unet=unet, noise=random(4, size // 8, size // 8), negative=condition(), prompt=condition())
+
+
+def begun(given: dict[str, Any], steps: int, **settings: Any) -> Run:
+    """A run of these `inputs` before its first call."""
+    return begin(**given, plan=plan("ddim", steps), cfg_scale=7.5, init=None, strength=1.0, generators=None,
+                 techniques=settings)
+
+
+def first_call(run: Run) -> None:
+    """The pass of a run's first call, with both branches of guidance: its techniques keep what later calls reuse."""
+    times, text, added = run.inputs(BOTH)
+    run.unet(run.noise.repeat(2, 1, 1, 1).to(text.source.dtype), times[0], text, added, run.on((0,), BOTH))
 
 
 def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One pass of both halves of guidance: in full, a key step (which keeps references), and the cheap ones."""
-    unet, x, context, added = inputs(args, args.size)
-    x = x.repeat(2, 1, 1, 1).to(context.dtype)
-    shifts, text = unet.embed_time(torch.tensor(500, device=args.device), added), unet.embed_text(context)
-    call = torch.compile(unet, recompile_limit=64) if args.compile else unet
-    units, n = unit_macs(unet, args.size // 8, args.size // 8), len(unet.up_units())
+    """One pass of both branches of guidance: in full, a key step (which keeps references), and the cheap ones."""
+    given = inputs(args, args.size)
+    unet, (times, text, added) = given["unet"], begun(given, 2).inputs(BOTH)
+    x = given["noise"].repeat(2, 1, 1, 1).to(text.source.dtype)
+    network = torch.compile(unet, recompile_limit=64) if args.compile else unet
+    units = unit_macs(unet, args.size // 8, args.size // 8)
     full, cross = sum(map(sum, units)), sum(text for _, text in units)
-    calls, ideal = {"full": lambda: call(x, shifts, text)}, {"full": 1.0}
-    caches = {"Faster Diffusion, decoder": FasterDiffusion(2)}
-    branches = range(n) if args.branches is None else [b for b in args.branches if b < n]
-    caches |= {f"DeepCache, branch {b}": DeepCache(2, b) for b in branches}
+    calls, ideal = {}, {}
+
+    def add(name: str, on: Techniques, macs: int = full) -> None:
+        calls[name], ideal[name] = lambda: network(x, times[0], text, added, on), full / macs
+
+    def cheap(**settings: Any) -> Run:
+        """A run after its first call."""
+        run = begun(given, 2, **settings)
+        first_call(run)
+        return run
+    add("full", OFF)
+    caches = {"Faster Diffusion, decoder": FasterDiffusion(2)} | {
+        f"DeepCache, branch {b}": DeepCache(2, b) for b in args.branches or range(unet.middle) if b < unet.middle}
     for name, cache in caches.items():
-        features = cache.start(2, {0}, unet)
-        unet(x, shifts, text, cache=features.at(0))
-        features.at(1)
-        calls[name] = lambda features=features: call(x, shifts, text, cache=features)
-        ideal[name] = full / sum(sum(units[k]) for k in features.between)
+        run = cheap(cache=cache)
+        add(name, run.on((1,), BOTH), sum(sum(units[k]) for k in run.acting["cache"].units(1)))
         if cache == FasterDiffusion(2):
-            key = cache.start(2, {0}, unet).at(0)
-            calls["Faster Diffusion, key step"], ideal["Faster Diffusion, key step"] = (
-                lambda key=key: call(x, shifts, text, cache=key), 1.0)
-    gate = TextGate()
-    unet(x, shifts, text, gate=gate)
-    gate.close(average=False)
-    calls["T-GATE, guidance kept"] = lambda: call(x, shifts, text, gate=gate)
-    ideal["T-GATE, guidance kept"] = full / (full - cross)
+            add("Faster Diffusion, key step", begun(given, 2, cache=cache).on((0,), BOTH))
+    add("T-GATE, guidance kept", cheap(tgate=TGate(1, guidance="keep")).on((1,), BOTH), full - cross)
     rows = against_first(alternate(calls, args.rounds, args.device), ideal)
     if args.profile:
         for row in rows:
@@ -220,85 +236,66 @@ def profile(call: Callable[[], Any], count: int = 8) -> dict[str, float]:
 
 def schedules(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Whole runs of the loop with guidance, at --schedule-size."""
-    unet, noise, context, added = inputs(args, args.schedule_size)
-    halves = [None if value is None else value.chunk(2) for value in (context, added)]
-    side = args.schedule_size // 8
+    given, side = inputs(args, args.schedule_size), args.schedule_size // 8
+    unet, shapes = given["unet"], inputs(args, args.schedule_size, "meta")
+    table = schedules_of(args.steps, unet.config, args.only)
 
-    def run(techniques: Techniques) -> None:
-        negative_added, positive_added = halves[1] or (None, None)
-        for _ in generate(unet, noise, halves[0][1], halves[0][0], args.steps, added=positive_added,
-                          negative_added=negative_added, **techniques):
+    def run(settings: Settings) -> None:
+        for _ in generate(**given, plan=plan("ddim", args.steps), **settings):
             pass
-    table = {name: techniques for name, techniques in schedules_of(args.steps, len(unet.up_units())).items()
-             if args.only is None or name == "full" or any(part in name for part in args.only)}
-    counts = {name: run_macs(unet, side, side, args.steps, **techniques) for name, techniques in table.items()}
-    calls = {name: lambda techniques=techniques: run(techniques) for name, techniques in table.items()}
+    counts = {name: run_macs(unet, side, side, args.steps, **settings) for name, settings in table.items()}
+    calls = {name: lambda settings=settings: run(settings) for name, settings in table.items()}
     rows = against_first(alternate(calls, args.rounds, args.device), {k: counts["full"] / v for k, v in counts.items()})
-    for row, techniques in zip(rows, table.values()):
-        row["G a picture"] = counts[row["what"]] / 1e9
-        row["cache, MB"] = cache_bytes(techniques, args, side) / 1e6
+    for row, settings in zip(rows, table.values()):
+        row["G per picture"] = counts[row["what"]] / 1e9
+        row["cache, MB"] = kept_bytes(begun(shapes, args.steps, **settings)) / 1e6
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            run(techniques)
+            run(settings)
             row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
     return rows
 
 
+def kept_bytes(run: Run) -> int:
+    """What cache and T-GATE keep between calls; of parallel Faster Diffusion nothing: it reuses within one call."""
+    first_call(run)
+    return sum(x.nbytes for x in tree_leaves([state.kept for state in run.acting.values()]))
+
+
 def parallel(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A key step and the steps behind it: each alone, and with so many decoded in one batch; memory from shapes alone.
+    """A key step and the steps after it: each alone, and with so many decoded in one batch; memory from shapes alone.
 
     Memory is what tensors take at the peak of the run, beyond weights and what is there before: see `memory.py`.
     """
-    unet, noise, context, added = inputs(args, args.schedule_size)
-    keys, rows = (0,), 2 * args.batch
+    given, shapes = (inputs(args, args.schedule_size, device) for device in (None, "meta"))
+    rows = 2 * args.batch
     counts = [n for n in (2, 4, 8, 16, 32) if n < args.group] + [args.group]
-    caches = {"serial": FasterDiffusion(keys)} | {
-        f"{n} steps a batch": FasterDiffusion(keys, parallel=True, max_batch=n * rows) for n in counts}
+    caches = {"serial": FasterDiffusion((0,), alpha=0.0)} | {f"{n} steps a batch": FasterDiffusion(
+        (0,), parallel=True, max_batch=n * rows, alpha=0.0) for n in counts}
 
-    def run(unet: UNet, cache: FasterDiffusion, device: str) -> None:
-        x, (negative, positive) = noise.to(device), context.to(device).chunk(2)
-        negative_added, positive_added = (None, None) if added is None else added.to(device).chunk(2)
-        for _ in generate(unet, x, positive, negative, args.group, cache=cache, added=positive_added,
-                          negative_added=negative_added):
+    def run(given: dict[str, Any], cache: FasterDiffusion) -> None:
+        for _ in generate(**given, plan=plan("ddim", args.group), cache=cache):
             pass
-    calls = {name: lambda cache=cache: run(unet, cache, args.device) for name, cache in caches.items()}
+    calls = {name: lambda cache=cache: run(given, cache) for name, cache in caches.items()}
     results = against_first(alternate(calls, args.rounds, args.device), dict.fromkeys(caches, 1.0))
-    with torch.device("meta"):
-        shapes = UNet(CONFIGS[args.family]).to(context.dtype)
     for row, cache in zip(results, caches.values()):
-        row["peak of tensors, MB"] = measure(lambda: run(shapes, cache, "meta"), shapes).peak / 1e6  # noqa: B023
+        row["peak of tensors, MB"] = measure(lambda: run(shapes, cache), shapes["unet"]).peak / 1e6  # noqa: B023
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            run(unet, cache, args.device)
+            run(given, cache)
             row["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
     return results
-
-
-def cache_bytes(techniques: Techniques, args: argparse.Namespace, side: int) -> int:
-    """What a run's cache and T-GATE keep between steps, for both halves of guidance."""
-    config, dtype, rows = CONFIGS[args.family], getattr(torch, args.dtype), 2 * args.batch
-    with torch.device("meta"):
-        unet = UNet(config).to(dtype)
-        x = torch.empty(rows, 4, side, side, dtype=dtype)
-        context = torch.empty(rows, 77, config.context_dim, dtype=dtype)
-        added = torch.empty(rows, config.add_dim, dtype=dtype) if config.add_dim else None
-        features = techniques["cache"].start(args.steps, {0}, unet) if "cache" in techniques else None
-        gate = techniques["tgate"].start(args.steps, 0)[1] if "tgate" in techniques else None
-        unet(x, torch.tensor(500.0), context, added, cache=features, gate=gate)
-    kept = [*(features.kept.values() if features else ()), *(gate.kept.values() if gate else ())]
-    return sum(h.numel() * h.element_size() for h in kept)
 
 
 def tiny(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Complete pictures of the tiny model, several at a time: time of one, exact score, likeness to the uncached."""
     sd = StableDiffusion.load(TINY, args.device)
     side, prompts = sd.config.size // sd.config.vae.factor, mixed_prompts(args.n, seed=40_000)
-    table = {name: techniques for name, techniques in schedules_of(args.steps, len(sd.unet.up_units())).items()
-             if args.only is None or name == "full" or any(part in name for part in args.only)}
+    table = schedules_of(args.steps, sd.unet.config, args.only)
     settings = {"steps": args.steps, "cfg_scale": 4.0}
     few = prompts[:args.tiny_batch]
 
-    def draw(techniques: Techniques) -> None:
+    def draw(techniques: Settings) -> None:
         sd.decode(sd.sample(few, seed=0, **settings, **techniques))
     calls = {name: lambda techniques=techniques: draw(techniques) for name, techniques in table.items()}
     tokens = sd.config.text_encoder.length
@@ -307,7 +304,7 @@ def tiny(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = against_first(alternate(calls, args.rounds, args.device), {k: counts["full"] / v for k, v in counts.items()})
     plain: list[np.ndarray] = []
     for row, techniques in zip(rows, table.values()):
-        row["G a picture"], row["seconds"] = counts[row["what"]] / 1e9, row["seconds"] / len(few)
+        row["G per picture"], row["seconds"] = counts[row["what"]] / 1e9, row["seconds"] / len(few)
         verdicts, pictures = evaluate(sd, prompts, batch=50, seed=0, **settings, **techniques)
         plain = plain or pictures
         right = np.array([v.ok for v in verdicts])
@@ -340,7 +337,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "parallel", "tiny"],
                         choices=["macs", "passes", "schedules", "parallel", "tiny"])
     parser.add_argument("--family", default="sd15", choices=CONFIGS, help="architecture, with random weights")
-    parser.add_argument("--size", type=int, default=512, help="pixels of macs and passes (8 a latent pixel)")
+    parser.add_argument("--size", type=int, default=512, help="pixels of macs and passes (8 per latent pixel)")
     parser.add_argument("--schedule-size", type=int, default=128, help="pixels of schedules and parallel")
     parser.add_argument("--group", type=int, default=15, help="steps of parallel (15: the longest of the paper's 50)")
     parser.add_argument("--steps", type=int, default=50, help="of schedules and tiny")
