@@ -13,7 +13,7 @@ from folder import TINY
 from lab import shapes
 from lab.evaluate import evaluate, read_rows, to_bytes
 from reward import load_reward
-from txt2img import StableDiffusion
+from stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = 0.85                # by that test, when the weights were committed
