@@ -837,9 +837,9 @@ def test_too_little_memory_for_a_search_names_what_to_lower_and_leaves_nothing(t
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--masks", "search,nowhere"], "nowhere"), (["--masks", f"search,{TINY}"], "not a reward that judges them"),
+    (["--masks", "search,nowhere"], "nowhere"), (["--masks", f"search,{TINY}"], "not a reward model"),
     (["--masks", f"search,{ROOT / 'reward.py'}"], "is a file, not a converted reward"),
-    (["--masks", "search", "--cache", "faster,parallel"], "without its parallel mode"),
+    (["--masks", "search", "--cache", "faster,parallel"], "leave out the parallel of --cache"),
     (["--masks", "search,clip,-1"], "0 or more"), (["--masks", "search,schedule=often"], "paper or released"),
     (["--masks", "search,clip,3,released"], "has its own iterations"),
     (["--masks", "search,keep=first"], "last or best"),
