@@ -122,8 +122,8 @@ def measure(sd: StableDiffusion, reward: ClipReward | None, rows: list[dict], se
             for j, (k, picture) in enumerate(zip(share, to_bytes(images))):
                 found = {"k": k, "seed": seed + k, "seconds": round(seconds, 4)}
                 if sd.config.family == "tiny":
-                    found |= {"ok": bool(shapes.judge(picture, prompts[j])),
-                              "strict": bool(shapes.judge(picture, prompts[j], strict=True))}
+                    found |= {"ok": shapes.judge(picture, prompts[j]).loose,
+                              "strict": shapes.judge(picture, prompts[j]).ok}
                 if reward is not None:
                     found |= {"clip": round(cosines[j].item(), 5),
                               "features": [round(f, 5) for f in features[j].tolist()]}

@@ -105,7 +105,7 @@ def judge_arm(pictures: list[np.ndarray], prompts: list[str], scenes: list[shape
     height, width = pictures[0].shape[:2]
     asked = [sum(ask.count for ask in shapes.parse(prompt).asks) for prompt in prompts]
     found = [len(shapes.read(picture)) for picture in pictures]
-    right = [bool(shapes.judge(picture, prompt, strict=True)) for picture, prompt in zip(pictures, prompts)]
+    right = [bool(shapes.judge(picture, prompt)) for picture, prompt in zip(pictures, prompts)]
     real = log_spectrum([shapes.draw(scene, height, width) for scene in scenes])
     own = log_spectrum(pictures)
     return {"right": "".join(str(int(r)) for r in right), "score": float(np.mean(right)),
