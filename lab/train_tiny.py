@@ -55,6 +55,7 @@ MIX = {"single": 0.10, "two": 0.16, "counting": 0.32, "colors": 0.10, "position"
 NUMBERS = 2, 3, 4, 4                                                   # objects that are counted: four as often as both
 COLORED = 0.5                                                          # the share of captions that name colours
 LESSON = range(6000, 6400)                                             # steps that teach words for sides alone
+RATE = 1.5e-3                                                          # of AdamW; Muon has twice as much
 MODEL_CONFIG = ModelConfig(family="tiny", prediction="v", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
                            vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
 
@@ -453,9 +454,9 @@ def train_unet(vae: VAE, clip: ClipReward, scenes: list[shapes.Scene], neat: lis
 
     if run.fell is None:
         turn = max(steps, run.step)
-        train(run, turn * 3 // 2, 1e-3, save_every, loss_of, "U-Net", average, stop=turn)
+        train(run, turn * 3 // 2, RATE, save_every, loss_of, "U-Net", average, stop=turn)
         run.fell = run.step
-    train(run, run.fell * 3 // 2, 1e-3, save_every, loss_of, "U-Net, falling rate", average)
+    train(run, run.fell * 3 // 2, RATE, save_every, loss_of, "U-Net, falling rate", average)
 
 
 def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
