@@ -18,7 +18,7 @@ from reward import ClipReward
 from txt2img import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = 0.85                # by that test, when the weights were committed
+MEASURED = 0.68                # by that test, strictly, with the committed weights
 
 
 def test_the_whole_model_folder_is_at_most_20_megabytes():
