@@ -525,7 +525,7 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
     parser.add_argument("--clip-neat-steps", type=int, default=1500, help="then, about neat sides (%(default)s)")
     parser.add_argument("--clip-side-steps", type=int, default=6000, help="then, about any sides (%(default)s)")
-    parser.add_argument("--steps", type=int, default=27_000, help="optimiser steps of stage 3 at a constant rate; half "
+    parser.add_argument("--steps", type=int, default=28_000, help="optimiser steps of stage 3 at a constant rate; half "
                         "as many follow at a falling one (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step and process (%(default)s)")
     parser.add_argument("--scenes", type=int, default=60_000, help="different scenes a process (%(default)s)")
