@@ -1,13 +1,13 @@
-"""Caches: between key steps only a part of the U-Net's units runs; the rest is reused from the last key step.
+"""Caches: between key steps, only some units of the U-Net run; the others' outputs are those of the last key step.
 
 The flat list of `unet.py`, in SD 1.x:    conv_in  d1 d2 ... d11   mid   u0 u1 ... u11      (numbers 0 to 24)
 Faster Diffusion reuses the left half:    -------------------------   and runs u0 ... u11
 DeepCache, branch b, reuses the middle:   conv_in  d1 ... db  ---------------   u(11-b) ... u11
-Inheritance (A-SDM) reuses any units.
+Inheritance (A-SDM) reuses any chosen units.
 
 Start at `Reuse`, which `UNet.encode` and `decode` ask what to run. `FasterDiffusion`, `DeepCache` and `Inherit` are
-settings; the sampling loop makes `Features` from them for every run and drops it after the run. `TGate` composes with
-them: from a step on, it reuses the attention to the text, or drops guidance, or both.
+settings; the sampling loop makes `Features` from them for every run and drops it after the run. `TGate` works together
+with them: from a given step on, it reuses the results of cross-attention, or drops guidance, or both.
 Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858; A-SDM, arXiv 2406.00210; T-GATE, arXiv
 2404.02747. Checked against outputs of the official codes of the first two: hutaiHang/Faster-Diffusion, and DeepCache's
 pip package, whose branch numbers are used here (the fork of its paper counts one less).
@@ -28,11 +28,11 @@ from unet import PerUnit, UNetConfig
 
 @dataclass
 class Features:
-    """What one run keeps of its last key step, for each set of branches that it predicts together.
+    """What a run keeps of its last key step, for each set of branches of guidance that it predicts in one batch.
 
     run: the `sampler.Run`.
-    reused: the numbers of the units whose outputs are kept at key steps and stand in for them at the others. A unit
-    whose output nobody would read doesn't run either, and is not kept.
+    reused: the numbers of the units that run at key steps only. Their outputs are kept there and reused at other steps.
+    A unit whose output no running unit needs doesn't run at the other steps either; its output is not kept.
     """
     run: Any
     keys: frozenset[int]
@@ -53,16 +53,16 @@ class Features:
         return frozenset(range(2 * self.middle + 1)) if i in self.keys else self.live
 
     def inject(self, i: int, x: Tensor, predicted: bool = False) -> Tensor:
-        """The latents before call i (predicted: after it), with Faster Diffusion's prior noise."""
+        """The latents before the prediction of call i (predicted: after it). Faster Diffusion adds its noise here."""
         return x
 
 
 @dataclass
 class Reuse:
     """A cache at one call, for the U-Net."""
-    key: bool                                   # does everything run?
-    live: frozenset[int]                        # the units that run in any case
-    read: frozenset[int]                        # the units whose kept outputs they read
+    key: bool                                   # a key step: all units run
+    live: frozenset[int]                        # the units that run at every step
+    read: frozenset[int]                        # the units whose kept outputs these need
     given: dict[int, Tensor]
     kept: dict[int, Tensor]
 
@@ -70,7 +70,7 @@ class Reuse:
         return self.key or unit in self.live
 
     def output(self, unit: int, h: Tensor | None) -> Tensor | None:
-        """The place after every unit: at key steps keep its output, at others give it back (None: nobody reads it)."""
+        """Called after every unit: at key steps, keeps its output h; at others, returns it (None: no unit needs it)."""
         if self.key and unit in self.read:
             self.kept[unit] = h
         return h if self.runs(unit) else self.given.get(unit)
@@ -92,14 +92,14 @@ class Injecting(Features):
 @dataclass
 class Ahead(Injecting):
     """Faster Diffusion in a run: a key step and all steps up to the next one are decoded in one batch."""
-    waiting: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)     # predictions of the calls to come
+    waiting: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)     # predictions of later calls
     parallel = True
 
     def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> None:
-        return None                             # every unit runs, but those of the encoder only when `ahead` says so
+        return None                             # all units of a pass run; `ahead` decides whether the encoder runs
 
     def ahead(self, x: Tensor, i: int, halves: tuple[int, ...]) -> Tensor:
-        """The prediction of call i: at a key step, one pass of the encoder and the decoder on batches of calls."""
+        """The prediction of call i. A key step runs the encoder once, then the decoder on batches of calls."""
         run, waiting = self.run, self.waiting.setdefault(halves, [])
         if i in self.keys:
             shifts, text, _ = run.inputs(halves)
@@ -116,7 +116,7 @@ class Ahead(Injecting):
         return waiting.pop(0)
 
     def groups(self, i: int, rows: int) -> Iterator[tuple[int, ...]]:
-        """The calls from i to the next key step, as many together as fit into a batch and can be decoded in one."""
+        """The calls from i up to the next key step, in groups that are small enough and alike enough for one batch."""
         most, group = max(1, (self.settings.max_batch or 10 ** 9) // rows), (i,)
         for j in takewhile(lambda j: j not in self.keys, range(i + 1, self.run.plan.calls)):
             if len(group) == most or not self.run.alike(group[0], j):
@@ -127,7 +127,7 @@ class Ahead(Injecting):
 
 
 def live_units(up_units: int, reused: frozenset[int]) -> tuple[frozenset[int], frozenset[int]]:
-    """Which units run between key steps, and whose kept outputs they read: from the last unit back to what it needs."""
+    """Which units run between key steps, and whose kept outputs they need: found by going back from the last unit."""
     run, read, todo = set(), set(), [2 * up_units]
     while todo:
         unit = todo.pop()
@@ -141,7 +141,7 @@ def live_units(up_units: int, reused: frozenset[int]) -> tuple[frozenset[int], f
 
 
 def repeat(x: Tensor, n: int) -> Tensor:
-    """(B, ...) -> (n * B, ...), the batch n times."""
+    """(B, ...) -> (n * B, ...): the batch repeated n times."""
     return x if n == 1 else x.repeat(n, *[1] * (x.dim() - 1))
 
 
@@ -160,17 +160,17 @@ class FasterDiffusion:
     Between key steps the prediction depends on the time alone, not on the latents. That makes parallel decoding
     possible, with stochastic samplers too.
 
-    keys: "paper", the released list for 50 steps, as it is; "rescaled", the same list stretched to the number of steps;
-        "square", gaps that grow by one (the released "pro"); a number n, every n-th step; or the steps themselves.
+    keys: the key steps. "paper": the released list for 50 steps; "rescaled": this list, stretched to the number of
+        steps; "square": gaps that grow by one (the released "pro"); a number n: every n-th step; or a list of steps.
     parallel: decode a key step together with the steps up to the next one.
-    max_batch: rows of the batch in which they are decoded, at most; but never less than one step.
-    alpha: how much prior noise is injected at every step below tau. It is the noise with which the run began, and
-        brings back texture that reuse takes away. 0.003 is the paper's; 0: none. In img2img, only the noise that was
+    max_batch: with parallel, the largest number of rows in a batch of the decoder; a batch has at least one step.
+    alpha: how much prior noise is injected at every step below tau; 0: none. 0.003 is the paper's. Prior noise is the
+        noise with which the run began. It restores texture that reuse removes. In img2img, only the noise that was
         added to the start picture is injected, at the strength it had there. (All samplers run on the
-        variance-preserving latent here; the released code adds to Euler's x, which is larger.)
-    official_order: with parallel, inject after the prediction, as released, not before it, as in the paper. Parallel
-        and serial decoding differ in this case alone.
-    tau: the time, of 1000, below which noise is injected (released: the second half).
+        variance-preserving latent here; the released code adds the noise to Euler's x, which is larger.)
+    official_order: with parallel, inject after the prediction, as in the released code; the paper injects before it.
+        Only this setting makes parallel and serial decoding differ.
+    tau: the timestep (0 to 1000) below which noise is injected (released code: the second half).
     """
     keys: Literal["paper", "rescaled", "square"] | int | tuple[int, ...] = "paper"
     parallel: bool = False
@@ -204,12 +204,12 @@ class FasterDiffusion:
 class DeepCache:
     """DeepCache: between key steps, run conv_in, `branch` down units and the last `branch` + 1 up units.
 
-    interval: a key step every so many steps.
+    interval: a key step every `interval` steps.
     branch: 0 (the package's default, the fastest) to one less than the number of up units; the paper's is 1 here.
-    center: None, or the step around which the key steps are denser; as many key steps (paper: 15, of 50 steps).
+    center: None, or the step around which the key steps are denser; their number stays (paper: 15, of 50 steps).
     power: with center, how much denser they are; 1: evenly spaced (paper: 1.4).
-    schedule: with center: "released" for the key steps of the published numbers, where Python's power of a negative
-        number was complex and only its real part was used; "paper" for the formula as printed.
+    schedule: with center: "paper" for the formula as printed; "released" for the key steps of the published results,
+        whose code took the real part where Python's power of a negative number is complex.
     """
     interval: int = 3
     branch: int = 0
@@ -257,8 +257,8 @@ class DeepCache:
 class Inherit:
     """Feature inheritance (A-SDM): reuse the outputs of any units. The other two caches are special cases.
 
-    units: names and ranges of the flat list, such as mid:u0-u2 or d4-u7; conv_in, d1, d2, ..., mid, u0, u1, ...
-    keys: a number n, every n-th step; the steps themselves; or a word, as for Faster Diffusion.
+    units: names (conv_in, d1, d2, ..., mid, u0, u1, ...) and ranges of units, such as mid:u0-u2 or d4-u7.
+    keys: the key steps. A number n: every n-th step; a list of steps; or a word, as for Faster Diffusion.
     """
     units: str
     keys: Literal["paper", "rescaled", "square"] | int | tuple[int, ...] = 3
@@ -310,7 +310,7 @@ def is_whole(value: object) -> bool:
 
 
 def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
-    """The steps that `FasterDiffusion.keys` means in a run of so many steps. ValueError where they don't fit."""
+    """The key steps that `FasterDiffusion.keys` means in a run of `steps` steps. ValueError if they don't fit."""
     if keys == "paper":
         return [k for k in PAPER_KEYS if k < steps]
     if keys == "rescaled":
@@ -327,7 +327,7 @@ def key_steps(keys: str | int | tuple[int, ...], steps: int) -> list[int]:
 
 
 def notes(keys: list[int], steps: int) -> list[str]:
-    """Sentences for somebody who asks for these key steps; none where they are as published."""
+    """Warnings to show to a user who chooses these key steps; none if they are as published."""
     longest = max(b - a for a, b in zip(keys, [*keys[1:], steps]))
     if longest == 1:
         return ["every step is a key step: the cache saves nothing"]
@@ -342,7 +342,7 @@ def notes(keys: list[int], steps: int) -> list[str]:
 
 
 def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule: str = "released") -> list[int]:
-    """Keys at l ** power + center for evenly spaced l (DeepCache, eq. 9): fewer than `count` where they fall together.
+    """Keys at l ** power + center for evenly spaced l (DeepCache, eq. 9); fewer than `count` if some coincide.
 
     "released": (-center) ** (1 / power) is a complex number in Python, so l lies on a line in the complex plane. The
     real part is truncated, and the power lowered by 0.02 until there are `count` different keys.
@@ -366,16 +366,16 @@ def nonuniform_keys(steps: int, count: int, center: int, power: float, schedule:
 
 @dataclass(frozen=True)
 class TGate:
-    """T-GATE: the text acts in the first `step` steps alone.
+    """T-GATE: the text acts in the first `step` steps only.
 
-    The paper and its release do text "reuse" and guidance "drop", with the mean of both branches' attention. With
-    guidance kept, each branch reuses its own: with a common mean both would predict the same. Reused is the result of
-    the last of these steps; for a unit that a cache skipped there, its latest result.
+    The paper and its released code use text "reuse" and guidance "drop"; they reuse the mean of both branches' results.
+    With guidance kept, each branch reuses its own result: with a common mean, both would predict the same. The reused
+    result is that of the last step with text; for a unit that a cache skipped in that step, it is the unit's latest.
 
-    step: how many steps the text acts in, 1 or more.
-    text: from there on, "reuse" the last result of attention to the text, or "compute" it as before.
-    guidance: from there on, "drop" it (one row per image instead of two), or "keep" it. Most of T-GATE's saving is
-        this: attention to the text is 4 % of SD 1.5's arithmetic.
+    step: the number of steps in which the text acts, 1 or more.
+    text: after these steps, "reuse" the last result of cross-attention, or "compute" it as before.
+    guidance: after these steps, "drop" it (one row per image instead of two), or "keep" it. Dropping it gives most of
+        T-GATE's saving: cross-attention is only 4 % of SD 1.5's arithmetic.
     """
     step: int
     text: Literal["reuse", "compute"] = "reuse"
@@ -395,7 +395,7 @@ class TGate:
             raise ValueError(f"T-GATE's step {self.step} is beyond the last of {steps} steps ({steps - 1})")
 
     def turns(self, plan: Any, first: int) -> set[int]:
-        """The call from which it acts; the first call of a run is computed in any case."""
+        """The call from which T-GATE acts; the first call of a run is always computed in full."""
         self.check(None, plan.steps)
         return {max(plan.first_call(self.step), first + 1)}
 
@@ -406,7 +406,7 @@ class TGate:
 
 @dataclass
 class Gating:
-    """T-GATE in a run: the last results of attention to the text, for each set of branches, by TransformerBlock."""
+    """T-GATE in a run: the last results of cross-attention, for each set of branches, by TransformerBlock."""
     settings: TGate
     turn: int                                   # the first call without the text
     kept: dict[Any, dict[torch.nn.Module, Tensor]] = field(default_factory=dict)
@@ -422,8 +422,13 @@ class Gating:
         if self.settings.text == "compute":
             return None
         is_open = self.open(calls[0])
-        mean = not is_open and self.settings.guidance == "drop" and halves == (1,)        # of both branches
-        return TextGate(is_open, len(calls), "mean" if mean else halves, self.kept)
+        if is_open or self.settings.guidance == "keep" or halves != (1,):
+            return TextGate(is_open, len(calls), self.kept.setdefault(halves, {}))
+        if "mean" not in self.kept:                                    # of both branches, kept together or apart
+            pairs = {block: h.chunk(2) for block, h in self.kept[0, 1].items()} if (0, 1) in self.kept else {
+                block: (h, self.kept[1,][block]) for block, h in self.kept[0,].items()}
+            self.kept["mean"] = {block: (a + b) / 2 for block, (a, b) in pairs.items()}
+        return TextGate(is_open, len(calls), self.kept["mean"])
 
 
 @dataclass
@@ -431,17 +436,11 @@ class TextGate:
     """T-GATE at one call, or at several in one batch, for the U-Net. open: is the text attended to?"""
     open: bool
     calls: int
-    halves: tuple[int, ...] | str
-    kept: dict[Any, dict[torch.nn.Module, Tensor]]
+    kept: dict[torch.nn.Module, Tensor]
 
     def output(self, block: torch.nn.Module, h: Tensor) -> Tensor:
         """The place after attention to the text: keep its result (the last call's), or give the kept one back."""
-        mine = self.kept.setdefault(self.halves, {})
-        if self.open:
-            mine[block] = h if self.calls == 1 else h.chunk(self.calls)[-1].clone()
-            return h
-        if block not in mine:                                          # guidance was dropped before this call
-            kept = self.kept                                           # of both branches together, or of each
-            a, b = kept[0, 1][block].chunk(2) if (0, 1) in kept else (kept[0,][block], kept[1,][block])
-            mine[block] = (a + b) / 2
-        return repeat(mine[block], self.calls)
+        if not self.open:
+            return repeat(self.kept[block], self.calls)
+        self.kept[block] = h if self.calls == 1 else h.chunk(self.calls)[-1].clone()
+        return h

@@ -9,7 +9,6 @@ For each tensor of our modules, `find` gives its name in the source and the tran
 tensors are then two differences of sets of names. Only one tensor at a time is in memory.
 Checked against the names and shapes of the published models, diffusers 0.42.1, transformers 5.23, open_clip 3.3.0.
 """
-import argparse
 import contextlib
 import gzip
 import json
@@ -35,7 +34,7 @@ import reward
 import unet
 from checkpoint import FLOATS, Checkpoint, Stored, check_names, joined, json_object, read_checkpoint, read_folder
 from clip_text import TextConfig, TextEncoder
-from command import HelpFormatter, InputError, run_command
+from command import ArgumentParser, HelpFormatter, InputError, run_command
 from folder import ModelConfig, write_config
 from reward import ImageConfig, ImageEncoder, ImageRewardConfig, RewardModel
 from sampler import NoiseSchedule
@@ -743,9 +742,9 @@ def write_safetensors(path: Path, origins: dict[str, tuple[Origin, torch.Size]],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=HelpFormatter, description=
-                                     "Convert a Stable Diffusion checkpoint, or with --reward a reward model, to the "
-                                     "folder that txt2img.py loads.")
+    parser = ArgumentParser(formatter_class=HelpFormatter, description=
+                            "Convert a Stable Diffusion checkpoint, or with --reward a reward model, to the folder "
+                            "that txt2img.py loads.")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="Hugging Face folder, .safetensors or .ckpt file")
     add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write, new or empty")

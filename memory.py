@@ -1,12 +1,12 @@
-"""What a run will need, before it runs: peak memory and arithmetic, from shapes alone.
+"""What a run will need: its peak memory and arithmetic, computed from shapes before it runs.
 
 Start at `plan_stages`: it makes the first call of the real loop, and the VAE's, on PyTorch's meta device, where tensors
-have shapes but no memory, under a `Meter` that adds up the tensors alive. So the plan can't drift away from the code.
-It leaves out the workspaces of convolution libraries and what an allocator keeps in reserve (one call of the tiny
-model's U-Net at 512 pixels made a process on a CPU grow by 0.139 to 0.150 GB; planned are 0.089 of tensors), weight
-masks, and what caches and T-GATE keep. Attention counts as fused: no matrix of scores is formed, as with PyTorch's
-kernels for NVIDIA GPUs and CPUs. On a device without such kernels it is formed, heads x N x N numbers per row, and the
-plan is far too low. For runs in which caches leave units out, `run_macs` adds up each unit's own count.
+have shapes but no memory. A `Meter` adds up the tensors alive, so the plan can't differ from the code. It leaves out
+weight masks, what caches and T-GATE keep, the workspaces of convolution libraries and an allocator's reserve. (In one
+call of the tiny model's U-Net at 512 pixels, a process on a CPU grew by 0.139 to 0.150 GB; the plan says 0.089.)
+Attention counts as fused, as in PyTorch's kernels for NVIDIA GPUs and CPUs: no matrix of scores is formed. Devices
+without such kernels form it, heads x N x N numbers per row, and there the plan is far too low. For runs with caches,
+`run_macs` adds up the arithmetic of the units that run.
 """
 import weakref
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from vae import VAE, together
 
 
 class Meter(TorchDispatchMode):
-    """Notes every tensor that is made inside it: bytes alive, their peak, and the operations of products."""
+    """Counts what the block inside it does: bytes of new tensors alive, their peak, and operations of products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class Meter(TorchDispatchMode):
         self.sizes: dict[int, int] = {}                                # bytes of every living storage, by id
 
     def ignore(self, *tensors: Tensor) -> None:
-        """What was there before doesn't count, nor do views of it."""
+        """These tensors, which existed before, don't count; nor do views of them."""
         self.sizes.update({id(x.untyped_storage()): 0 for x in tensors})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):                                     # one tensor, or several
             if isinstance(x, Tensor) and id(x.untyped_storage()) not in self.sizes:
-                storage = x.untyped_storage()                          # one object for as long as its memory lives
+                storage = x.untyped_storage()                          # the same object while its memory lives
                 self.sizes[id(storage)] = storage.nbytes()
                 self.alive += storage.nbytes()
                 self.peak = max(self.peak, self.alive)
@@ -60,7 +60,7 @@ class Meter(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device, attention as a fused kernel does it: nothing but the result, laid out like the queries."""
+    """On the meta device, attention allocates what a fused kernel does: only the result, laid out like the queries."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ class FusedAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call: bytes at the peak beyond what was there before, and floating-point operations."""
+    """The cost of one call: its peak in bytes, above those in use before it, and its floating-point operations."""
     peak: int
     flops: int
 
 
 def measure(run: Callable[[], Any], *modules: nn.Module) -> Cost:
-    """What run() costs; the modules are there already."""
+    """The cost of run(). The modules' weights exist already and don't count."""
     meter = Meter()
     meter.ignore(*(p for module in modules for p in module.parameters()))
     with torch.no_grad(), FusedAttention(meter), meter:
@@ -92,7 +92,7 @@ def measure(run: Callable[[], Any], *modules: nn.Module) -> Cost:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its size in pixels, one step, the VAE before it (and after the last stage), bytes in all."""
+    """One stage: size in pixels, the cost of one call and of the VAE before it (and after the last), bytes in all."""
     height: int
     width: int
     unet: Cost
@@ -104,9 +104,9 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
                 dtype: torch.dtype = torch.float16, low_memory: bool = False,
                 tile: Callable[[Tensor], int | None] = lambda latents: None,
                 stages: list[int] | None = None, **techniques: Any) -> list[StagePlan]:
-    """Memory and operations of a cascade's stages (None: of all). tile: of the VAE, by the latents that it is for.
+    """Memory and operations of these stages of a cascade (None: all). tile: the VAE's `tile` for given latents.
 
-    freescale: with all sizes, see `FreeScale.fit`. low_memory: as in `StableDiffusion.load`.
+    freescale: with the sizes of all stages, see `FreeScale.fit`. low_memory: as in `StableDiffusion.load`.
     """
     unet, vae = build(UNet, config.unet).to(dtype), build(VAE, config.vae)
     vae.to(torch.float32 if config.vae.force_upcast and dtype == torch.float16 else dtype)
@@ -145,7 +145,7 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
 
 def least_memory(config: ModelConfig, height: int, width: int, images: int, guided: bool, dtype: torch.dtype,
                  low_memory: bool) -> int:
-    """Bytes that a picture surely takes, without a plan: itself, twice in float32, or the U-Net's uppermost skips."""
+    """A quick lower bound, in bytes: the picture twice in float32, or the U-Net's skips of the uppermost level."""
     maps = images * (2 if guided and not low_memory else 1) * (config.unet.layers + 1) * config.unet.channels[0]
     skips = maps * dtype.itemsize * (height // config.vae.factor) * (width // config.vae.factor)
     return max(skips, 2 * images * 3 * height * width * torch.float32.itemsize)
@@ -156,7 +156,7 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on the device; None where nobody says."""
+    """Bytes that are free on the device; None if the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and Path("/proc/meminfo").is_file():
@@ -168,11 +168,11 @@ def free_memory(device: torch.device) -> int | None:
 # ------------------------------------------------------------------------------------- multiply-adds, unit by unit
 
 def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tuple[int, int]]:
-    """Multiply-adds of every unit of the flat list for one latent: without its attention to the text, and of that.
+    """Multiply-adds of each unit of the flat list for one latent: without cross-attention, and of cross-attention.
 
     Convolutions, linear layers and the two products of attention, by their shapes: equal to half of torch's FLOP
-    count. They are those of a pass by itself, in which each unit projects text and time anew; the last unit includes
-    the embeddings and the output layers.
+    count. This is for a single pass, in which each unit projects text and time itself. The last unit includes the
+    embeddings and the output layers.
     """
     def weights(*modules: nn.Module) -> int:
         return sum(module.weight.numel() for module in modules)
@@ -213,7 +213,7 @@ def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tup
 
 def shape_run(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
               **techniques: Any) -> Run:
-    """A run of one image from step `first`, to ask what each call executes: its latents have a shape alone."""
+    """A run of one image from step `first`, which only says what each call executes: its latents are shapes."""
     noise = torch.empty(1, unet.config.in_channels, height, width, device="meta")
     said = Condition(torch.empty(1, 1, unet.config.context_dim, device="meta"))
     return begin(unet, noise, said, said if guided else None, plan("ddim", steps), 7.5, noise if first else None,

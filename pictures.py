@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from command import InputError, replacing
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)    # what Pillow raises for bad pictures
+from command import InputError, replacing
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)    # Pillow's errors for bad pictures
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture as it looks: upright, in RGB, over white where it is transparent. InputError where it can't be read."""
+    """A picture as it is displayed: upright, in RGB, on white if it is transparent. InputError if it can't be read."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -27,7 +28,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, height: int | None = None, width: int | None = None) -> Tensor:
-    """A picture as (1, 3, H, W) in [0, 1], at this size or its own, rounded to multiples of 8."""
+    """A picture as (1, 3, H, W) in [0, 1], resized to this size, or to its own rounded to multiples of 8."""
     picture = open_picture(path)
     width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((width, height), picture.size))
     pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
@@ -35,7 +36,7 @@ def read_image(path: Path, height: int | None = None, width: int | None = None) 
 
 
 def read_parameters(path: Path) -> str | None:
-    """The settings in a PNG's text chunk "parameters"; None where there are none or the file can't be read."""
+    """The settings in a PNG's text chunk "parameters"; None if there are none or the file can't be read."""
     try:
         with Image.open(path) as file:
             return file.info.get("parameters")
@@ -44,7 +45,7 @@ def read_parameters(path: Path) -> str | None:
 
 
 def save_png(image: Tensor, path: Path, parameters: str) -> None:
-    """One image (3, H, W) in [0, 1], with its settings in the text chunk that other tools read ("parameters")."""
+    """Write one image (3, H, W) in [0, 1]; its settings go to the text chunk "parameters", which other tools read."""
     pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters)
@@ -53,7 +54,7 @@ def save_png(image: Tensor, path: Path, parameters: str) -> None:
 
 
 def save_grid(paths: list[Path], path: Path) -> None:
-    """Finished pictures of one size as a sheet, as square as their number allows."""
+    """Write a sheet of finished pictures of one size; its grid is as square as their number allows."""
     pictures = [Image.open(p).convert("RGB") for p in paths]
     columns, (w, h) = math.ceil(math.sqrt(len(pictures))), pictures[0].size
     sheet = Image.new("RGB", (columns * w, math.ceil(len(pictures) / columns) * h))
@@ -64,7 +65,7 @@ def save_grid(paths: list[Path], path: Path) -> None:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """How alike two images in [0, 1] are, in decibels: 10 log10 of 1 over the mean square of their difference."""
+    """The peak signal-to-noise ratio of two images in [0, 1], in dB: 10 log10 of 1 over their mean squared error."""
     return -10 * math.log10(max((a - b).square().mean().item(), 1e-12))
 
 

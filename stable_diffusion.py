@@ -49,13 +49,13 @@ class StableDiffusion:
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
              low_memory: bool = False, compiled: bool = False) -> "StableDiffusion":
-        """Read a converted model folder, strictly. InputError where anything is absent, damaged or doesn't fit.
+        """Read a converted model folder, strictly. InputError if anything is missing, damaged or doesn't fit.
 
         low_memory: only the U-Net stays on the device; text encoders and VAE are moved there when they are needed, and
-            the branches of guidance run one after the other. The same pictures with less memory, somewhat slower.
-        compiled: torch.compile makes one graph of the U-Net at its first call, and another for every other size, batch
-            or set of techniques. That takes minutes for a large model and pays for many pictures of one kind. Parallel
-            Faster Diffusion has a graph of the encoder, and one of the decoder for each number of steps in a batch.
+            the branches of guidance run one after the other. Pictures are the same, memory is less, speed a bit lower.
+        compiled: torch.compile makes a graph of the U-Net in its first call, and another for each new size, batch size
+            or set of techniques. That takes minutes for a large model and pays off for many pictures of one kind. With
+            parallel Faster Diffusion, the encoder is one graph, and the decoder one for each number of steps per batch.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -88,7 +88,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
-        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words that don't fit."""
+        """Texts to context (B, L, D) and, for SDXL, the pooled vector (B, P). Warns of words the model doesn't see."""
         known = {} if self.known is None else self.known
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -109,17 +109,17 @@ class StableDiffusion:
         return torch.stack(contexts), None if pools[0] is None else torch.stack(pools)
 
     def size_conditioning(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        """SDXL's added condition (B, add_dim): the pooled text (B, P), then a wave for each of six sizes (B, 6).
+        """SDXL's added condition (B, add_dim): the pooled text (B, P), then a sinusoid for each of six sizes.
 
-        time_ids: original height and width, top and left of the crop, target height and width, in pixels.
+        time_ids: (B, 6), original height and width, top and left of the crop, target height and width, in pixels.
         """
         waves = sinusoid(time_ids.flatten(), self.config.unet.add_time_dim).reshape(len(time_ids), -1)
         return torch.cat([pooled, waves.to(pooled)], dim=-1)
 
     def conditions(self, prompt: Prompt | None, batch: int | None, height: int, width: int) -> Condition:
-        """What the U-Net is told, for so many images (None: as many as there are prompts) of this size in pixels.
+        """The `Condition` for a batch of this many images (None: one per prompt) of this size in pixels.
 
-        None as prompt: what the model's authors do without a negative prompt ("", or zeros for SDXL).
+        prompt None: what the model's authors use when there is no negative prompt ("", or zeros for SDXL).
         """
         words = ()
         if prompt is None and self.config.zero_negative:
@@ -156,15 +156,15 @@ class StableDiffusion:
         negative_prompt: likewise, one for all or B. None: see `conditions`.
         seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
-        noise: (B, 4, h, w), unit variance, to start from. Later noise begins with the first numbers of the seeds, as in
-            diffusers: with eta, "euler-a" and FreeScale, make the noise with other seeds.
+        noise: (B, 4, h, w), unit variance, to start from. Any later noise uses the seeds' random numbers from the first
+            one on, as in diffusers. So with eta, "euler-a" and FreeScale, make `noise` with other seeds.
         init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
         tile: of the VAE between FreeScale's stages, as in `decode`.
-        callback(call, latents) is called after each call of the U-Net; FreeScale's stages count on.
+        callback(call, latents) is called after each call of the U-Net; calls are numbered over all FreeScale stages.
         techniques: settings by name, such as freeu=FreeU(1.3, 1.4, 0.9, 0.2), cache=DeepCache(3), tgate=TGate(10),
             masks=MaskFile(path). The names are those of `unet.Techniques`. With freescale=FreeScale(2), height and
-            width are the first stage's; with the sizes of all stages, leave them out or give the last one's. There,
-            noise is the first stage's, init takes the place of its result, and strength doesn't matter.
+            width are the first stage's. With the sizes of all stages, leave them out or give the last stage's. In
+            both cases noise is the first stage's, init replaces that stage's result, and strength has no effect.
         Other arguments: see `sampler.plan` and `sampler.generate`.
         """
         techniques = {name: settings.bind(self) if hasattr(settings, "bind") else settings
@@ -222,7 +222,7 @@ class StableDiffusion:
         return latents
 
     def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
-        """The settings with the sizes of all stages; InputError for sizes that aren't what is asked for."""
+        """The settings with the sizes of all stages; InputError if they contradict height and width, or init."""
         native, sizes = self.config.size, freescale.resolutions
         if isinstance(sizes, tuple) and (height or sizes[-1].height, width or sizes[-1].width) != sizes[-1]:
             raise InputError(f"FreeScale ends with {sizes[-1]}, so leave height and width at None")
@@ -252,14 +252,14 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w), the means. tile: as in `decode`."""
+        """Images (B, 3, H, W) in [0, 1] to VAE-scaled latents (B, 4, h, w): the means. tile: as in `decode`."""
         x, factor = images.to(self.device) * 2 - 1, self.config.vae.factor
         with self.on_device(self.vae):
             mean, _ = self.vae.encode(x, self.tile_of(x[:, :, ::factor, ::factor], tile))
         return mean.float() * self.config.vae.scaling
 
     def latent_score(self, rewards: tuple[str, ...]) -> Callable[[Tensor, tuple[str, ...]], Tensor]:
-        """The sum of these rewards of a picture, as a differentiable function of its latents and prompts.
+        """The combined reward of pictures, as a differentiable function of their latents and prompts: `add_rewards`.
 
         rewards: "clip", the CLIP in the model's folder, or folders written by convert_weights.py --reward. The function
         takes VAE-scaled latents (B, 4, h, w) and B prompts and returns (B,); larger is better.
@@ -275,7 +275,7 @@ class StableDiffusion:
 
 
 def not_finite(what: str, dtype: torch.dtype) -> str:
-    """The message for NaN and infinity, with what helps."""
+    """The message for NaN and infinity, with a remedy."""
     remedy = ("use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --cfg-scale or the techniques' "
               "factors; if that doesn't help, the weights are damaged: convert them again")
     return f"the {what} are not finite (NaN) in {dtype}: {remedy}"

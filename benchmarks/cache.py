@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
-from command import InputError, replacing, run_command
+from command import ArgumentParser, InputError, replacing, run_command
 from folder import TINY
 from lab.evaluate import evaluate, mixed_prompts
 from lab.study import bootstrap
@@ -332,8 +332,8 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the caches save, counted and timed.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description="What the caches save, counted and timed.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "parallel", "tiny"],
                         choices=["macs", "passes", "schedules", "parallel", "tiny"])
     parser.add_argument("--family", default="sd15", choices=CONFIGS, help="architecture, with random weights")

@@ -3,9 +3,9 @@
     python -m benchmarks.freescale --plan --family sdxl --resolutions 1024x1024,4096x4096,8192x8192 --low-memory
     python -m benchmarks.freescale --family tiny --resolutions 64x64,128x128,256x256
 
-The plan needs no GPU and no weights. Without --plan, one U-Net call of every stage runs on the device, plain and with
+The plan needs no GPU and no weights. Without --plan, one step of every stage runs on the device, plain and with
 FreeScale, and its peak of memory is printed beside the plan's: on a GPU what tensors take there, on a CPU what the
-process has grown by (a call smaller than one before it can't be seen there; let the sizes rise).
+process has grown by (a step smaller than one before it can't be seen there; let the sizes rise).
 """
 import argparse
 import time
@@ -18,26 +18,27 @@ try:
 except ImportError:                                # Windows
     resource = None
 
-from command import InputError, check_device, run_command
+from command import ArgumentParser, InputError, check_device, run_command
 from convert_weights import FAMILIES
-from folder import TINY, read_config
-from freescale import FreeScale
+from folder import TINY, ModelConfig, read_config
+from freescale import FreeScale, Size
 from freeu import PRESETS, FreeU
 from memory import StagePlan, plan_stages
+from sampler import Condition, generate, plan
 from unet import UNet
 from vae import tile_side
 
 GB = 1e9
 
 
-def show_plan(plans: list[StagePlan], steps: int, restart: int, passes: int) -> None:
-    """One line a stage; a stage behind the first runs from step `restart`. passes: calls of the U-Net a step."""
-    print("stage         memory GB | U-Net call: peak GB   TFLOP | VAE: peak GB   TFLOP | stage in all PFLOP")
-    for number, plan in enumerate(plans):
-        calls = passes * (steps - (restart if number else 0))
-        print(f"{plan.width}x{plan.height:<8} {plan.memory / GB:9.3f} {plan.unet.peak / GB:20.3f} "
-              f"{plan.unet.flops / 1e12:8.2f} {plan.vae.peak / GB:14.3f} {plan.vae.flops / 1e12:8.2f} "
-              f"{(calls * plan.unet.flops + plan.vae.flops) / 1e15:16.3f}", flush=True)
+def show_plan(plans: list[StagePlan], steps: int, restart: int) -> None:
+    """One line per stage; a stage after the first runs from step `restart`."""
+    print("stage         memory GB | U-Net step: peak GB   TFLOP | VAE: peak GB   TFLOP | stage in all PFLOP")
+    for number, stage in enumerate(plans):
+        flops = (steps - (restart if number else 0)) * stage.unet.flops + stage.vae.flops
+        print(f"{stage.width}x{stage.height:<8} {stage.memory / GB:9.3f} {stage.unet.peak / GB:20.3f} "
+              f"{stage.unet.flops / 1e12:8.2f} {stage.vae.peak / GB:14.3f} {stage.vae.flops / 1e12:8.2f} "
+              f"{flops / 1e15:16.3f}", flush=True)
 
 
 def resident(device: str) -> int:
@@ -58,22 +59,21 @@ def peak(device: str) -> int:
 
 
 @torch.no_grad()
-def measure_stages(args: argparse.Namespace, config, freescale: FreeScale, plans: list[StagePlan], freeu) -> None:
-    """One call of the U-Net with random weights at each stage, plain and with FreeScale."""
+def measure_stages(args: argparse.Namespace, config: ModelConfig, freescale: FreeScale, plans: list[StagePlan],
+                   freeu: FreeU | None) -> None:
+    """One step with random weights at each stage, plain and with FreeScale."""
     with torch.device(args.device):
         unet = UNet(config.unet).to(args.dtype)
-        rows = 1 if args.low_memory else 2
-        text = unet.embed_text(torch.randn(rows, 77, config.unet.context_dim, dtype=args.dtype))
-        added = torch.zeros(rows, config.unet.add_dim, dtype=args.dtype) if config.unet.add_dim else None
-        shifts = unet.embed_time(torch.tensor(500), added)
-    print("stage         plain s  FreeScale s | peak GB of its U-Net call: measured  planned")
+        text = torch.randn(1, config.text_encoder.length, config.unet.context_dim, dtype=args.dtype)
+        said = Condition(text, torch.zeros(1, config.unet.add_dim, dtype=args.dtype) if config.unet.add_dim else None)
+    print("stage         plain s  FreeScale s | peak GB of its U-Net step: measured  planned")
     for number, (height, width) in enumerate(freescale.resolutions):
-        x = torch.randn(rows, 4, height // config.vae.factor, width // config.vae.factor).to(args.device, args.dtype)
-        stage = freescale.start(x.shape[2:], 1, [torch.Generator().manual_seed(0)])
+        x = torch.randn(1, 4, height // config.vae.factor, width // config.vae.factor).to(args.device)
         seconds, before = [], resident(args.device)
-        for scale in (None, stage.at(0) if number else None):
+        for more in ({}, {"freescale": freescale} if number else {}):
             started = time.perf_counter()
-            unet(x, shifts, text, freeu=freeu, freescale=scale)
+            next(generate(unet, x, said, said, plan("ddim", 1), init=x, low_memory=args.low_memory, freeu=freeu,
+                          generators=[torch.Generator().manual_seed(0)], **more))
             most = peak(args.device) - before
             seconds.append(time.perf_counter() - started)
         print(f"{width}x{height:<8} {seconds[0]:8.2f} {seconds[1]:10.2f} {most / GB:34.3f} "
@@ -81,8 +81,8 @@ def measure_stages(args: argparse.Namespace, config, freescale: FreeScale, plans
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What FreeScale's stages need.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description="What FreeScale's stages need.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--family", default="tiny", choices=[*FAMILIES, "tiny"])
     parser.add_argument("--resolutions", default="64x64,128x128", metavar="WxH,WxH")
     parser.add_argument("--plan", action="store_true", help="from shapes alone, nothing is run")
@@ -103,8 +103,7 @@ def main() -> None:
     config = read_config(TINY) if args.family == "tiny" else FAMILIES[args.family]
     args.dtype = getattr(torch, args.dtype)
     try:
-        sizes = [tuple(int(side) for side in size.split("x")) for size in args.resolutions.split(",")]
-        sizes = tuple((height, width) for width, height in sizes)
+        sizes = tuple(map(Size.read, args.resolutions.split(",")))
     except ValueError:
         raise InputError(f"--resolutions takes sizes such as 512x512,1024x1024, not {args.resolutions!r}") from None
     try:
@@ -116,7 +115,7 @@ def main() -> None:
                         tile=lambda latents: tile_side(None, latents))
     print(f"{args.family}, {str(args.dtype).removeprefix('torch.')}, one picture, guidance in "
           f"{'two passes' if args.low_memory else 'one batch'}{', fast' if args.fast else ''}, blur {args.blur}")
-    show_plan(plans, args.steps, freescale.first_step(args.steps), passes=2 if args.low_memory else 1)
+    show_plan(plans, args.steps, freescale.first_step(args.steps))
     if not args.plan:
         measure_stages(args, config, freescale, plans, freeu)
 

@@ -10,16 +10,18 @@ import time
 from statistics import median
 
 import torch
+from torch import Tensor
 
+from command import ArgumentParser, run_command
 from freeu import PRESETS, FreeU
-from unet import CONFIGS, UNet
+from unet import CONFIGS, Techniques, UNet, UNetConfig
 
 
 class Noting(FreeU):
     """FreeU that also notes how long each of its calls took."""
-    seconds: list[float] = []                      # one a call, of all calls since it was last cleared
+    seconds: list[float] = []                      # one per call, of all calls since it was last cleared
 
-    def __call__(self, h, skip, layer, config):
+    def __call__(self, h: Tensor, skip: Tensor, layer: int, config: UNetConfig) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
         out = super().__call__(h, skip, layer, config)
         if h.device.type == "cuda":
@@ -30,10 +32,10 @@ class Noting(FreeU):
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="FreeU's share of a U-Net step.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description="FreeU's share of a U-Net step.",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--family", default="sd15", choices=CONFIGS, help="architecture, with random weights")
-    parser.add_argument("--size", type=int, default=512, help="pixels (8 a latent pixel)")
+    parser.add_argument("--size", type=int, default=512, help="pixels (8 per latent pixel)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
@@ -41,7 +43,7 @@ def main() -> None:
     config, dtype = CONFIGS[args.family], getattr(torch, args.dtype)
     with torch.device(args.device):
         unet = UNet(config).to(dtype)
-        x = torch.randn(2, 4, args.size // 8, args.size // 8, dtype=dtype)                # both halves of guidance
+        x = torch.randn(2, 4, args.size // 8, args.size // 8, dtype=dtype)                # both branches of guidance
         text = unet.embed_text(torch.randn(2, 77, config.context_dim, dtype=dtype))
         added = torch.zeros(2, config.add_dim, dtype=dtype) if config.add_dim else None
         shifts = unet.embed_time(torch.tensor(500), added)
@@ -49,7 +51,7 @@ def main() -> None:
 
     def step(freeu: FreeU | None) -> float:
         started = time.perf_counter()
-        unet(x, shifts, text, freeu=freeu)
+        unet(x, shifts, text, on=Techniques(freeu=freeu))
         if args.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -70,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmarks.cache as benchmark
 from cache import DeepCache, FasterDiffusion, Features, Inherit, TextGate, TGate, key_steps, nonuniform_keys, notes
 from freeu import FreeU, SkipTuning
 from memory import run_macs, shape_run, unit_macs
@@ -468,7 +469,6 @@ def test_the_arithmetic_of_whole_runs_is_the_published_one():
 
 
 def test_the_benchmark_writes_its_rows(tmp_path, monkeypatch):
-    import benchmarks.cache as benchmark
     monkeypatch.setattr("sys.argv", ["cache", "--parts", "passes", "schedules", "parallel", "--family", "tiny",
                                      "--size", "64", "--schedule-size", "64", "--steps", "4", "--rounds", "1",
                                      "--branches", "1", "--group", "3",

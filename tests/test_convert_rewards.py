@@ -310,12 +310,11 @@ def test_what_is_no_reward_is_named(tmp_path, make, words):
 
 
 @pytest.mark.parametrize("kinds", [["imagereward"], ["imagereward", "hps"], ["clip", "hps"]])
-def test_masks_are_looked_for_by_rewards_from_the_command_line(tmp_path, monkeypatch, folders, kinds):
-    named = ",".join("clip" if kind == "clip" else str(folders[kind]) for kind in kinds)
-    arguments = ["a red circle", "--steps", "1", "--device", "cpu", "--mask-reward", named, "--mask-iterations", "1"]
-    monkeypatch.setattr(sys, "argv", ["txt2img.py", *arguments, "--out", str(tmp_path / "o.png")])
-    run_command(txt2img.main)
-    assert (tmp_path / "o.png").is_file()
+def test_masks_are_looked_for_by_rewards_from_the_command_line(tmp_path, command, folders, kinds):
+    named = ":".join("clip" if kind == "clip" else str(folders[kind]) for kind in kinds)
+    code, _, stderr = command(txt2img.main, "a red circle", "--steps", 1, "--device", "cpu", "--masks",
+                              f"search,{named},iterations=1", "--out", tmp_path / "o.png")
+    assert code == 0 and (tmp_path / "o.png").is_file(), stderr
 
 
 # ---- bad input: one line, exit code 2, nothing left behind ----

@@ -1,30 +1,14 @@
-"""benchmarks/freescale.py: a plan by the stage, what is measured beside it, and bad flags named."""
+"""benchmarks/freescale.py: a plan for every stage, what is measured beside it, and bad flags named."""
 import re
 import sys
 
 import pytest
 
 from benchmarks import freescale
-from command import run_command
-
-
-@pytest.fixture()
-def command(monkeypatch, capsys):
-    """Runs the benchmark's command line in this process -> exit code, stdout, stderr."""
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["freescale.py", *map(str, arguments)])
-        code = 0
-        try:
-            run_command(freescale.main)
-        except SystemExit as stop:
-            code = stop.code
-        out = capsys.readouterr()
-        return code, out.out, out.err
-    return run
 
 
 def stages(out: str) -> dict[str, list[float]]:
-    """The numbers behind each size, from the lines that begin with one."""
+    """The numbers after each size, from the lines that begin with one."""
     rows: dict[str, list[float]] = {}
     for line in out.splitlines():
         if re.match(r"\d+x\d+ ", line):
@@ -35,19 +19,20 @@ def stages(out: str) -> dict[str, list[float]]:
 
 def test_the_plan_has_a_line_for_every_stage_and_runs_nothing(command, monkeypatch):
     monkeypatch.setattr(freescale, "measure_stages", None)
-    code, out, err = command("--plan", "--resolutions", "96x96,128x96", "--steps", 10, "--freeu")
+    code, out, err = command(freescale.main, "--plan", "--resolutions", "96x96,128x96", "--steps", 10, "--freeu")
     assert code == 0 and not err and out.startswith("tiny, float16, one picture, guidance in one batch, blur spatial")
     rows = stages(out)
     assert list(rows) == ["96x96", "128x96"] and all(len(numbers) == 6 for numbers in rows.values())
-    low = stages(command("--plan", "--resolutions", "96x96,128x96", "--low-memory")[1])
+    low = stages(command(freescale.main, "--plan", "--resolutions", "96x96,128x96", "--low-memory")[1])
     for size in rows:
-        assert low[size][1] < rows[size][1]                            # the peak of a call
+        assert low[size][1] < rows[size][1]                            # the peak of a step
         assert low[size][5] == pytest.approx(rows[size][5], rel=0.02, abs=0.001)         # a stage's operations in all
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's memory is read as Linux tells it")
 def test_what_is_measured_stands_beside_the_plan(command):
-    code, out, _ = command("--resolutions", "64x64,96x96", "--dtype", "float32", "--device", "cpu", "--low-memory")
+    code, out, _ = command(freescale.main, "--resolutions", "64x64,96x96", "--dtype", "float32", "--device", "cpu",
+                           "--low-memory")
     rows = stages(out)
     assert code == 0 and all(len(numbers) == 6 + 4 for numbers in rows.values())
     for *planned, plain, scaled, measured, again in rows.values():
@@ -63,7 +48,7 @@ def test_what_is_measured_stands_beside_the_plan(command):
 def test_bad_flags_end_in_one_clear_line(flags, words, command, monkeypatch):
     if "cuda" in flags:
         monkeypatch.setattr("torch.empty", no_gpu)
-    code, out, err = command("--plan" if "cuda" not in flags else "--steps=1", *flags)
+    code, out, err = command(freescale.main, "--plan" if "cuda" not in flags else "--steps=1", *flags)
     assert code == 2 and not out and words in err and err.startswith("error: ") and err.count("\n") == 1
 
 
@@ -73,6 +58,6 @@ def no_gpu(*_, **__):
 
 def test_where_a_processs_memory_is_not_told_the_plan_still_is(command, monkeypatch):
     monkeypatch.setattr(freescale, "resource", None)                   # as on Windows
-    code, _, err = command("--device", "cpu")
+    code, _, err = command(freescale.main, "--device", "cpu")
     assert code == 2 and "add --plan" in err
-    assert command("--plan", "--resolutions", "64x64")[0] == 0
+    assert command(freescale.main, "--plan", "--resolutions", "64x64")[0] == 0

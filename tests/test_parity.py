@@ -11,11 +11,12 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import seeded
 from torch import Tensor, nn
 
 from clip_text import TextConfig, TextEncoder
 from folder import ModelConfig
-from sampler import SAMPLERS, NoiseSchedule, generate, invert
+from sampler import SAMPLERS, Condition, NoiseSchedule, generate, invert, plan
 from unet import UNet, UNetConfig, sinusoid
 from vae import VAE, VAEConfig
 
@@ -179,15 +180,12 @@ def scheduler(name: str, prediction: str, spacing: str | None = None):
         "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
         "inverse": (diffusers.DDIMInverseScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
         "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}), "euler": (diffusers.EulerDiscreteScheduler, {}),
-        "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {})}[name.removesuffix("-karras")]
+        "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+        "heun": (diffusers.HeunDiscreteScheduler, {})}[name.removesuffix("-karras")]
     settings = settings | ({"use_karras_sigmas": True} if "karras" in name else {})
     return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                 prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction],
                 **settings, **({"timestep_spacing": spacing} if spacing else {}))
-
-
-def generators(batch: int, seed: int = 5) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + k) for k in range(batch)]
 
 
 @pytest.mark.parametrize("family,spacing", [*product(("sd15", "sd21"), ("leading", "linspace", "trailing")),
@@ -203,19 +201,19 @@ def test_every_step_of_every_sampler(sampler, eta, spacing, family):
     schedule = scheduler(sampler, prediction, spacing)
     schedule.set_timesteps(8)
     x, steps = noise * schedule.init_noise_sigma, []
-    noisy = {"generator": generators(2)} if sampler in ("ddim", "euler-a") else {}
+    noisy = {"generator": seeded(5, 6)} if sampler in ("ddim", "euler-a") else {}
     for i, t in enumerate(schedule.timesteps):
         x_in = schedule.scale_model_input(torch.cat([x, x]), t)
         out = peer(x_in, t, torch.cat([negative, context]), added_cond_kwargs=kwargs).sample
         out = out[:2] + 7.5 * (out[2:] - out[:2])
         x = schedule.step(out, t, x, **noisy, **({"eta": eta} if sampler == "ddim" else {})).prev_sample
-        scale = (1 + schedule.sigmas[i + 1] ** 2) ** 0.5 if sampler.startswith("euler") else 1
-        steps.append(x / scale)                                        # their Euler's x is ours times this
+        scale = (1 + schedule.sigmas[i + 1] ** 2) ** 0.5 if sampler.startswith(("euler", "heun")) else 1
+        steps.append(x / scale)                                        # Euler's and Heun's x is ours times this
 
-    ours = list(generate(mine, noise, context, negative, 8, sampler, 7.5, prediction, added, negative_added,
-                         spacing, eta, generators(2)))
-    assert [i for i, _ in ours] == list(range(8))
-    for (_, a), b in zip(ours, steps):
+    ours = list(generate(mine, noise, Condition(context, added), Condition(negative, negative_added),
+                         plan(sampler, 8, spacing=spacing, eta=eta, prediction=prediction), generators=seeded(5, 6)))
+    assert [i for i, _ in ours] == list(range(15 if "heun" in sampler else 8))
+    for (_, a), b in zip(ours, steps, strict=True):
         check_error(f"every step of {sampler}, eta {eta:g}, {family}", a, b, TRAJECTORY)
 
 
@@ -226,7 +224,7 @@ def test_ddim_inversion(family):
     context, _, _ = conditions(family, 2, torch.float32)
     schedule = scheduler("inverse", prediction)
     schedule.set_timesteps(8)
-    ours = list(invert(mine, latents, context, 8, prediction))
+    ours = list(invert(mine, latents, Condition(context), plan("ddim", 8, prediction=prediction)))
     assert [i for i, _ in ours] == list(range(7, -1, -1))
     for (_, a), t in zip(ours, schedule.timesteps, strict=True):
         x = schedule.step(peer(x, t, context).sample, t, x).prev_sample
@@ -243,7 +241,7 @@ def pipelines(request, tmp_path_factory):
     from transformers import CLIPTokenizer
 
     from convert_weights import convert
-    from txt2img import StableDiffusion
+    from stable_diffusion import StableDiffusion
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     letters = sorted(ByteLevel.alphabet())
     tokens = ["!", *(c for c in letters if c != "!")] + [c + "</w>" for c in letters] + [a + b for a, b in MERGES]
@@ -275,14 +273,15 @@ PROMPTS = ["a red cat", 3 * "Red, red; the café isn't 42 cats. "]       # the s
 @pytest.mark.filterwarnings("ignore:the model doesn't see these words")
 @pytest.mark.parametrize("sampler,eta,negative,given", [
     ("ddim", 0, "cat", "noise"), ("ddim", 1, "", "noise"), ("ddim", 0, None, "seed"), ("euler", 0, "", "noise"),
-    ("euler-a", 0, "cat", "seed"), ("dpm++2m", 0, "red red", "noise"), ("dpm++2m-karras", 0, None, "noise")])
+    ("euler-a", 0, "cat", "seed"), ("dpm++2m", 0, "red red", "noise"), ("dpm++2m-karras", 0, None, "noise"),
+    ("heun", 0, "cat", "noise")])
 def test_pipeline(pipelines, sampler, eta, negative, given):
     family, pipe, sd = pipelines
     pipe.scheduler = type(scheduler(sampler, "epsilon")).from_config(pipe.scheduler.config,
                                                                       use_karras_sigmas="karras" in sampler)
     noise = random(2, 4, 8, 16) if given == "noise" else None
     latents = pipe(PROMPTS, negative_prompt=None if negative is None else [negative] * 2, latents=noise, height=64,
-                   width=128, num_inference_steps=8, guidance_scale=7.5, eta=eta, generator=generators(2, 11),
+                   width=128, num_inference_steps=8, guidance_scale=7.5, eta=eta, generator=seeded(11, 12),
                    output_type="latent").images
     ours = sd.sample(PROMPTS, negative, steps=8, sampler=sampler, eta=eta, seed=11, noise=noise, height=64,
                      width=128)

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from freescale import FreeScale
+from freeu import FreeU
+from txt2img import parse_arguments
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -46,3 +50,11 @@ def test_the_readmes_python_runs(monkeypatch):
         names: dict = {}
         exec(block, names)
         assert names["images"].shape == (2, 3, 64, 64)
+
+
+def test_the_readme_has_the_official_settings_of_freescale():
+    flags = re.search(r"official settings of FreeScale: `(.+?)`", README, re.S)[1]
+    args = parse_arguments(["a circle", *shlex.split(flags)])
+    assert (args.steps, args.sampler, args.spacing, args.vae_tile) == (50, "euler", "leading", 128)
+    assert args.freescale == FreeScale(4, blur="official") and args.freeu == FreeU(version=1)
+    assert args.negative_prompt == "blurry, ugly, duplicate, poorly drawn, deformed, mosaic"
