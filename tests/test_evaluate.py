@@ -51,16 +51,15 @@ def test_the_frechet_distance_is_that_of_known_normal_distributions():
 
 def test_pictures_that_take_no_notice_of_their_prompt_score_0():
     """That of all six shapes, an empty one, and what the prompt before asked for."""
-    rng = np.random.default_rng(0)
-    drawn = [(shapes.draw(scene), shapes.caption(scene, rng, kind)) for k in range(5) for kind in shapes.KINDS
-             for scene in [shapes.random_scene(np.random.default_rng(k), kind)]]
-    pictures, prompts = zip(*drawn)
+    made = [make_scenes(kind, 5) for kind in shapes.KINDS]
+    prompts = [prompt for captions, _ in made for prompt in captions]
+    pictures = [shapes.draw(scene) for _, scenes in made for scene in scenes]
     six = shapes.draw(shapes.Scene(tuple(shapes.Thing(shape, "blue", (k % 3 + 0.5) / 3, (k // 3 + 0.5) / 2, 0.14)
                                          for k, shape in enumerate(shapes.SHAPES)), "white"))
     empty = shapes.draw(shapes.Scene((), "white"))
     for others in ([six] * len(prompts), [empty] * len(prompts), pictures[-1:] + pictures[:-1]):
         found = list(map(judged, others, prompts))
-        assert not any(row["strict"] for row in found) and np.mean([row["quality"] for row in found]) < 0.3
+        assert not any(row["strict"] for row in found) and np.mean([row["quality"] for row in found]) < 0.4
     found = list(map(judged, pictures, prompts))
     assert all(row["strict"] and row["loose"] and row["quality"] > 0.9 for row in found)
 
