@@ -415,20 +415,22 @@ def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
 
 
 def draw_curve(facts: dict, path: Path) -> None:
-    """The scores against the samples seen, of a training.json; the hours stand above."""
+    """The scores against the samples seen, of a training.json; the hours, where it has them, stand above."""
     import matplotlib  # a development requirement
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    thousands, hours = [n / 1000 for n, _, _ in facts["scores"]], [hour for _, hour, _ in facts["scores"]]
-    for name in facts["scores"][0][2]:
+    thousands = [n / 1000 for n, *_ in facts["scores"]]
+    hours = [hour for _, *rest, _ in facts["scores"] for hour in rest]         # models/tiny has none
+    for name in facts["scores"][0][-1]:
         width = {"overall": 2.5, "quality": 2.5, "seen": 1.5, "unseen": 1.5}.get(name, 0.8)
         axis.plot(thousands, [numbers[name] for *_, numbers in facts["scores"]], "o-", label=name, linewidth=width,
                   markersize=width + 1)
     axis.set(xlabel="thousand samples", ylabel="share of right pictures, or mean", ylim=(0, 1))
-    above = axis.secondary_xaxis("top", functions=(lambda x: np.interp(x, [0, *thousands], [0, *hours]),
-                                                   lambda x: np.interp(x, [0, *hours], [0, *thousands])))
-    above.set_xlabel("hours")
+    if hours:
+        axis.secondary_xaxis("top", functions=(
+            lambda x: np.interp(x, [0, *thousands], [0, *hours]),
+            lambda x: np.interp(x, [0, *hours], [0, *thousands]))).set_xlabel("hours")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, ncols=3)
     with replacing(path) as part:
