@@ -35,14 +35,15 @@ class Features:
     A unit whose output no running unit needs doesn't run at the other steps either; its output is not kept.
     """
     run: Any
-    keys: frozenset[int]
+    key_steps: list[int]
     reused: frozenset[int]
     kept: dict[tuple[int, ...], dict[int, Tensor]] = field(default_factory=dict)
     parallel = False
 
     def __post_init__(self) -> None:
         self.middle = self.run.network("a cache").middle
-        self.keys, (self.live, self.read) = self.keys | self.run.turns, live_units(self.middle, self.reused)
+        plan, (self.live, self.read) = self.run.plan, live_units(self.middle, self.reused)
+        self.keys = self.run.turns | {i for i in range(plan.calls) if plan.step(i) in self.key_steps}     # calls
 
     def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Reuse":
         key = calls[0] in self.keys
@@ -157,7 +158,7 @@ def stack(shifts: list[PerUnit], rows: int) -> PerUnit:
 class FasterDiffusion:
     """Faster Diffusion: reuse the encoder.
 
-    Between key steps the prediction depends on the time alone, not on the latents. That makes parallel decoding
+    Between key steps the prediction depends only on the time, not on the latents. That makes parallel decoding
     possible, with stochastic samplers too.
 
     keys: the key steps. "paper": the released list for 50 steps; "rescaled": this list, stretched to the number of
@@ -196,7 +197,7 @@ class FasterDiffusion:
         key_steps(self.keys, steps)
 
     def start(self, run: Any) -> Features:
-        make, keys = Ahead if self.parallel else Injecting, frozenset(key_steps(self.keys, run.plan.calls))
+        make, keys = Ahead if self.parallel else Injecting, key_steps(self.keys, run.plan.steps)
         return make(run, keys, frozenset(range(run.network("a cache").middle + 1)), settings=self)
 
 
@@ -248,9 +249,9 @@ class DeepCache:
 
     def start(self, run: Any) -> Features:
         unet = run.network("a cache")
-        self.check(unet.config, run.plan.calls)
+        self.check(unet.config, run.plan.steps)
         reused = range(self.branch + 1, 2 * unet.middle - self.branch)
-        return Features(run, frozenset(self.key_steps(run.plan.calls)), frozenset(reused))
+        return Features(run, self.key_steps(run.plan.steps), frozenset(reused))
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class Inherit:
         key_steps(self.keys, steps)
 
     def start(self, run: Any) -> Features:
-        return Features(run, frozenset(key_steps(self.keys, run.plan.calls)),
+        return Features(run, key_steps(self.keys, run.plan.steps),
                         unit_numbers(self.units, run.network("a cache").middle))
 
 
@@ -394,14 +395,14 @@ class TGate:
         if self.step >= steps:
             raise ValueError(f"T-GATE's step {self.step} is beyond the last of {steps} steps ({steps - 1})")
 
-    def turns(self, plan: Any, first: int) -> set[int]:
+    def turns(self, plan: Any, first: int, size: tuple[int, int]) -> set[int]:
         """The call from which T-GATE acts; the first call of a run is always computed in full."""
         self.check(None, plan.steps)
-        return {max(plan.first_call(self.step), first + 1)}
+        return {plan.first_call(max(self.step, plan.step(first) + 1))}
 
     def start(self, run: Any) -> "Gating":
         run.network("T-GATE")
-        return Gating(self, *self.turns(run.plan, run.first))
+        return Gating(self, *self.turns(run.plan, run.first, run.noise.shape[2:]))
 
 
 @dataclass
@@ -424,10 +425,10 @@ class Gating:
         is_open = self.open(calls[0])
         if is_open or self.settings.guidance == "keep" or halves != (1,):
             return TextGate(is_open, len(calls), self.kept.setdefault(halves, {}))
-        if "mean" not in self.kept:                                    # of both branches, kept together or apart
-            pairs = {block: h.chunk(2) for block, h in self.kept[0, 1].items()} if (0, 1) in self.kept else {
+        if "mean" not in self.kept:                                    # made here: in the U-Net it would need a graph
+            both = {block: h.chunk(2) for block, h in self.kept[0, 1].items()} if (0, 1) in self.kept else {
                 block: (h, self.kept[1,][block]) for block, h in self.kept[0,].items()}
-            self.kept["mean"] = {block: (a + b) / 2 for block, (a, b) in pairs.items()}
+            self.kept["mean"] = {block: (a + b) / 2 for block, (a, b) in both.items()}
         return TextGate(is_open, len(calls), self.kept["mean"])
 
 
@@ -439,7 +440,7 @@ class TextGate:
     kept: dict[torch.nn.Module, Tensor]
 
     def output(self, block: torch.nn.Module, h: Tensor) -> Tensor:
-        """The place after attention to the text: keep its result (the last call's), or give the kept one back."""
+        """Called after cross-attention: keeps its result (that of the last call), or returns the kept result."""
         if not self.open:
             return repeat(self.kept[block], self.calls)
         self.kept[block] = h if self.calls == 1 else h.chunk(self.calls)[-1].clone()

@@ -65,12 +65,16 @@ class Plan:
     def steps(self) -> int:
         return sum(self.begins)
 
+    def step(self, i: int) -> int:
+        """The number of the step that call i belongs to."""
+        return sum(self.begins[:i + 1]) - 1
+
     def fraction(self, i: int) -> float:
         """The fraction of all steps that come before the step of call i: from 0 to below 1."""
-        return (sum(self.begins[:i + 1]) - 1) / self.steps
+        return self.step(i) / self.steps
 
     def first_call(self, step: int) -> int:
-        """The number of the call that begins a step; for the step after the last one, the number of all calls."""
+        """The number of the call that begins a step; for the step after the last, the number of calls."""
         return [*(i for i, begins in enumerate(self.begins) if begins), self.calls][step]
 
 
@@ -227,7 +231,7 @@ class Run:
     first: int                                 # the first call that is made; above 0 in img2img
     noise: Tensor                              # (B, 4, h, w), unit variance
     init: Tensor | None
-    branches: tuple[Condition, ...]            # the negative prompt and the prompt, or the prompt alone
+    branches: tuple[Condition, ...]            # the negative prompt and the prompt, or only the prompt
     generators: list[torch.Generator] | None
     turns: frozenset[int]                      # calls that must not reuse anything older
     acting: dict[str, Any] = field(default_factory=dict)
@@ -273,7 +277,7 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
         unless the caller uses torch.no_grad().
     noise: (B, 4, h, w), unit variance; the solver computes in its dtype.
     negative, cfg_scale: guidance is negative + cfg_scale * (prompt - negative). A scale of 1, or None as negative,
-        means no guidance, with one branch instead of two; 0 follows the negative prompt alone.
+        means no guidance, with one branch instead of two; 0 follows only the negative prompt.
     init, strength: add noise to these latents (B, 4, h, w) and run only the last steps, `strength` (0..1) of them all.
     generators: one CPU generator per image; needed if noise is drawn at every step (eta > 0, "euler-a").
     low_memory: run the branches of guidance one after the other: the same result with half the activations.
@@ -347,7 +351,8 @@ def begin(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, negativ
     first, branches = plan.first_call(step), (prompt,) if negative is None or cfg_scale == 1 else (negative, prompt)
     if first == plan.calls:
         return Run(unet, plan, first, noise, init, branches, generators, frozenset())
-    turns = [settings.turns(plan, first) for settings in techniques.values() if hasattr(settings, "turns")]
+    size, ask = tuple(noise.shape[2:]), [settings for settings in techniques.values() if hasattr(settings, "turns")]
+    turns = [settings.turns(plan, first, size) for settings in ask]
     run = Run(unet, plan, first, noise, init, branches, generators, frozenset({first}.union(*turns)))
     for name, settings in techniques.items():
         run.acting[name] = settings.start(run)

@@ -158,7 +158,7 @@ class StableDiffusion:
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
         noise: (B, 4, h, w), unit variance, to start from. Any later noise uses the seeds' random numbers from the first
             one on, as in diffusers. So with eta, "euler-a" and FreeScale, make `noise` with other seeds.
-        init: latents to start from (see `encode`), of which `strength` (0..1) is redrawn.
+        init: latents to start from (see `encode`). strength: the fraction (0..1) of the steps that redraw them.
         tile: of the VAE between FreeScale's stages, as in `decode`.
         callback(call, latents) is called after each call of the U-Net; calls are numbered over all FreeScale stages.
         techniques: settings by name, such as freeu=FreeU(1.3, 1.4, 0.9, 0.2), cache=DeepCache(3), tgate=TGate(10),

@@ -74,7 +74,7 @@ class Scale(Protocol):
     """unit: the number of a unit in the flat list. grid: the (H, W) that the N = H * W tokens of x come from."""
     def convolve(self, conv: nn.Conv2d, x: Tensor, unit: int) -> Tensor: ...
     def __call__(self, attention: "Attention", x: Tensor, grid: tuple[int, int], on: Techniques) -> Tensor: ...
-    def resize(self, unit: int, h: Tensor, skip: Tensor | None = None) -> Tensor: ...        # highres alone
+    def resize(self, unit: int, h: Tensor, skip: Tensor | None = None) -> Tensor: ...        # highres only
 
 
 class Cache(Protocol):
@@ -309,7 +309,7 @@ class Level(nn.Module):
 
 
 class Unit(NamedTuple):
-    """One entry of the flat list: a convolution alone, or a ResBlock and what follows it."""
+    """One entry of the flat list: only a convolution, or a ResBlock and the layers after it."""
     conv: nn.Conv2d | None = None                      # conv_in, or a downsampler
     resnets: tuple[ResBlock, ...] = ()                 # one; the middle has a second one after the attention
     attention: SpatialTransformer | None = None

@@ -36,19 +36,7 @@ from lab import study as lab_study
 from lab.evaluate import BENCH, draw, drawn_features, frechet_distance, judged, read_rows, to_bytes
 from lab.study import Arm, Estimate, Row, bootstrap, line, markdown
 from lab.train_tiny import world_latents
-from maskunet import (
-    DynamicMasks,
-    MaskPass,
-    MaskRun,
-    Masks,
-    MaskSearch,
-    RandomMasks,
-    Search,
-    StaticMasks,
-    key,
-    masked_layers,
-    mix,
-)
+from maskunet import DynamicMasks, MaskRun, Masks, MaskSearch, RandomMasks, Search, StaticMasks, key, masked_layers, mix
 from memory import Meter
 from reward import load_reward
 from sampler import draw_noise, generate, plan
@@ -81,9 +69,10 @@ class LoRA(nn.Module):
         return self
 
     def search(self, i: int, x: Tensor, clean: Callable[[Tensor, int], Tensor]) -> None:
-        """Nothing is searched for, and below nothing depends on the maps."""
+        """Nothing is searched for."""
 
-    def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None: ...
+    def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
+        """Nothing depends on the maps."""
 
     def of(self, layer: nn.Linear) -> Tensor:
         name = self.names.get(layer)
@@ -193,6 +182,11 @@ class Study:
     free_pictures: int = 24                        # likewise, per training-free arm
     free_steps: int = 15
 
+    def __post_init__(self) -> None:
+        self.score = self.sd.latent_score(("clip",))
+        self.image_tower = load_reward(self.sd.folder / "clip", self.sd.device).image
+        self.parts = math.ceil(self.free_pictures / 8)                 # batches of eight pictures
+
     @cached_property
     def train_world(self) -> World:
         return World.make(self.sd, self.scenes, 0, self.work / "train.safetensors")
@@ -201,29 +195,21 @@ class Study:
     def validation_world(self) -> World:
         return World.make(self.sd, self.validation, 1, self.work / "val.safetensors")
 
-    @cached_property
-    def score(self) -> Callable[[Tensor, list[str]], Tensor]:
-        return self.sd.latent_score(("clip",))
-
-    @cached_property
-    def image_tower(self) -> nn.Module:
-        return load_reward(self.sd.folder / "clip", self.sd.device).image
-
     def path(self, name: str, ending: str, *depends: Any) -> Path:
         """A file in the work folder, named after what it is and all that it depends on."""
         digest = hashlib.sha256(repr((self.model, *depends)).encode()).hexdigest()[:12]
         return self.work / f"{name.replace(' ', '-')}-{digest}.{ending}"
 
-    def training(self, name: str) -> tuple:
+    def training(self, name: str | None) -> tuple:
         """What the weights of a recipe depend on, beside seed and steps."""
-        return self.steps, self.batch, self.scenes, RECIPES[name].lr
+        return () if name is None else (self.steps, self.batch, self.scenes, RECIPES[name].lr)
 
     def result_path(self, method: str, name: str, k: int) -> Path:
         if method == "search":
             return self.path(f"search {name} {k}", "json", self.free_pictures, self.free_steps, self.settings)
         use = ARMS[name].settings
-        depends = () if use.recipe is None else self.training(use.recipe)
-        return self.path(f"{name} {k}", "json", use, depends, self.validation, self.pictures, self.settings)
+        return self.path(f"{name} {k}", "json", use, self.training(use.recipe), self.validation, self.pictures,
+                         self.settings)
 
     def result(self, method: str, name: str, k: int) -> Row:
         """What `judge` or `search` gives for an arm, made if it isn't there."""
@@ -300,7 +286,7 @@ class Study:
             error = sd.unet(x, t, context, added, Techniques(masks=on)) - target
             times += t.tolist()
             losses += error.square().mean(dim=(1, 2, 3)).tolist()
-            densities += [on.run.density if isinstance(on, MaskPass) else 1.0] * len(rows)
+            densities += [on.run.density if isinstance(masks, Masks) else 1.0] * len(rows)
         return times, losses, float(np.mean(densities))
 
     @torch.no_grad()
@@ -359,7 +345,7 @@ def acting(masks: Masks | LoRA | None, unet: UNet, seeds: list[int]) -> Weights 
 @dataclass
 class Seen:
     """Goes where a `MaskPass` goes, and keeps every mask that it makes, (n, weights of the layer)."""
-    inner: MaskPass
+    inner: Any
     masks: list[Tensor] = field(default_factory=list)
 
     def enter(self, unit: int, h: Tensor, skip: Tensor, emb: Tensor) -> None:
@@ -521,26 +507,14 @@ def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-def share(jobs: list[tuple[float, Any]], rank: int, world: int) -> list[Any]:
-    """This process's jobs (cost, job): the dearest first, each to whoever has least so far."""
-    shares = [[0.0, who, []] for who in range(world)]
-    for cost, job in sorted(jobs, key=lambda job: -job[0]):
-        least = min(shares)
-        least[0] += cost
-        least[2].append(job)
-    return shares[rank][2]
-
-
-def plan_jobs(study: Study, arms: list[str], free: list[str], seeds: int) -> list[tuple[float, list[tuple]]]:
-    """Results to make, those of one training together, and what they cost, in about one row through the U-Net."""
+def plan_jobs(arms: list[str], free: list[str], seeds: int, parts: int) -> list[list[tuple]]:
+    """Calls of `Study.result`, those of one training together; the longest searches first."""
     jobs: dict[Any, list[tuple]] = {}
     for seed in range(seeds):
         for name in sorted(arms, key=lambda name: ARMS[name].settings.random):     # after what sets their density
             jobs.setdefault((ARMS[name].settings.recipe, seed), []).append(("judge", name, seed))
-    costs = [(3 * study.steps * study.batch + 4 * study.pictures * study.settings["steps"] * len(of), of)
-             for of in jobs.values()]
-    return costs + [(8 * study.free_steps * (2 + 8 * iterations_of(name)), [("search", name, part)])
-                    for name in free for part in range(math.ceil(study.free_pictures / 8))]
+    return [*jobs.values(), *([("search", name, part)] for name in sorted(free, key=iterations_of, reverse=True)
+                              for part in range(parts))]
 
 
 def sweep(study: Study) -> None:
@@ -594,14 +568,14 @@ def main() -> None:
         return sweep(study)
     arms = [name for name in ARMS if name in wanted or name == "base"]
     free = [name for name in free if args.free_pictures and (name in wanted or name == "base")]
-    jobs = plan_jobs(study, arms, free, args.seeds)
-    mine = [call for calls in share(jobs, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-            for call in calls]
+    jobs = plan_jobs(arms, free, args.seeds, study.parts)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = [call for calls in jobs[rank::world] for call in calls]
     with tqdm(mine, desc="study", unit="result") as bar:
         for call in bar:
             bar.set_postfix_str(f"{call[1]}, {call[2]}")
             study.result(*call)
-    if missing := [call for _, calls in jobs for call in calls if not study.result_path(*call).exists()]:
+    if missing := [call for calls in jobs for call in calls if not study.result_path(*call).exists()]:
         return print(f"{len(missing)} results are still to come from other processes; the last one writes the tables")
     write(study, arms, free, args.seeds, args.drawn, args.out, made_with)
 
@@ -611,9 +585,8 @@ def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int
     real = drawn_features(study.image_tower, drawn, study.sd.config.size, study.sd.config.size, 1) if drawn else None
     trained = summarize({name: [study.result("judge", name, seed) for seed in range(seeds)] for name in arms},
                         study.prompts(study.pictures), real)
-    parts = range(math.ceil(study.free_pictures / 8))
-    searched = summarize_free({name: [study.result("search", name, part) for part in parts] for name in free},
-                              study.prompts(study.free_pictures))
+    searched = summarize_free({name: [study.result("search", name, part) for part in range(study.parts)]
+                               for name in free}, study.prompts(study.free_pictures))
     made_with = made_with | {"seeds": seeds, "drawn": drawn} | {name: getattr(study, name) for name in (
         "steps", *FLAGS, "settings")}
     text = tables(trained, searched)

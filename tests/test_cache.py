@@ -262,8 +262,8 @@ def by_hand(tgate: TGate, sampler: str, batch: int = 2) -> Tensor:
         i = next(call)
         drop = i >= turn and tgate.guidance == "drop"
         if i == turn and drop:
-            kept["by hand"] = {block: (h[:batch] + h[batch:]) / 2 for block, h in kept.get("by hand", {}).items()}
-        on = OFF if tgate.text == "compute" else Techniques(tgate=TextGate(i < turn, 1, "by hand", kept))
+            kept.update({block: (h[:batch] + h[batch:]) / 2 for block, h in kept.items()})
+        on = OFF if tgate.text == "compute" else Techniques(tgate=TextGate(i < turn, 1, kept))
         if drop:
             return unet(x[batch:], t, both[batch:], on=on).repeat(2, 1, 1, 1)
         return unet(x, t, both, on=on)
@@ -287,7 +287,7 @@ def test_a_closed_gate_gives_the_same_pass_again_whatever_the_text(config):
     unet, x, t, added = UNETS[config], randn(2, 4, 8, 8), torch.tensor(500), randn(2, 6) if config.add_dim else None
     plain, kept = unet(x, t, randn(2, 5, 8, seed=1), added), {}
     for is_open, seed in ((True, 1), (False, 2)):
-        on = Techniques(tgate=TextGate(is_open, 1, (0,), kept))
+        on = Techniques(tgate=TextGate(is_open, 1, kept))
         assert torch.equal(unet(x, t, randn(2, 5, 8, seed=seed), added, on), plain)
 
 

@@ -570,7 +570,7 @@ def constant(x0: torch.Tensor, words: tuple[str, ...]) -> torch.Tensor:
 
 
 def climb(iterations: int, score=nearness, **more) -> Search:
-    return Search(MaskSearch((), iterations, **more), score)
+    return Search(MaskSearch(iterations=iterations, **more), score)
 
 
 def one_step(found: Search, step: int = 0, unet: UNet = UNETS[NARROW]):

@@ -9,7 +9,7 @@ from conftest import digest, randn
 
 from folder import TINY
 from lab import maskunet_study
-from lab.maskunet_study import ARMS, RECIPES, LoRA, Study, Unmasked, main, matched_rank, share, size
+from lab.maskunet_study import ARMS, RECIPES, LoRA, Study, Unmasked, main, matched_rank, plan_jobs, size
 from maskunet import DynamicMasks, Masks
 from stable_diffusion import StableDiffusion
 from train import Training, train_denoiser
@@ -119,12 +119,12 @@ def test_both_searches_cost_as_many_passes_and_gradients_and_that_for_noise_clim
     assert (study.score(found, prompts) > study.score(plain, prompts)).all()
 
 
-def test_processes_share_all_jobs_and_no_job_twice():
-    jobs = [(float(k % 5), [k]) for k in range(13)]
-    shares = [share(jobs, rank, 3) for rank in range(3)]
-    assert sorted(k for calls in shares for (k,) in calls) == list(range(13))
-    loads = [sum(k % 5 for (k,) in calls) for calls in shares]
-    assert max(loads) - min(loads) <= 2
+def test_every_result_is_planned_once_and_random_masks_after_what_sets_their_density():
+    jobs = plan_jobs(["base", "random fresh", "working", "LoRA"], ["base", "masks 5", "masks 30"], 2, 3)
+    calls = [call for job in jobs for call in job]
+    assert len(calls) == len(set(calls)) == 4 * 2 + 3 * 3
+    assert calls.index(("judge", "working", 1)) < calls.index(("judge", "random fresh", 1))
+    assert [("judge", "working", 0), ("judge", "random fresh", 0)] in jobs             # one process trains both
 
 
 SMALL = ("--seeds", 1, "--steps", 2, "--batch", 2, "--scenes", 4, "--validation", 6, "--pictures", 6,
