@@ -30,6 +30,10 @@ class Baseline:
     """What the settings have in common."""
     native: int | None                                                 # latent side of the training pictures
 
+    def __post_init__(self) -> None:
+        if self.native is not None and self.native < 1:
+            raise ValueError(f"native is a side of latents, 1 or more, not {self.native}")
+
     def bind(self, sd: Any) -> Any:
         """With the latent side of the training pictures of sd, where it isn't given."""
         return replace(self, native=self.native or sd.config.size // sd.config.vae.factor)
@@ -87,6 +91,11 @@ class ScaleCrafter(Baseline):
     """
     until: tuple[float, float] | None = None
     native: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.until is not None and not all(0 < part <= 1 for part in self.until):
+            raise ValueError(f"ScaleCrafter's until are fractions of the steps, above 0 and up to 1, not {self.until}")
 
     def bind(self, sd: Any) -> "ScaleCrafter":
         until = (0.4, 0.74) if sd.config.family == "sd21" else (0.6, 0.7)
@@ -173,8 +182,10 @@ class HiDiffusion(Baseline):
     """
     native: int | None = None
 
-    def turns(self, plan: Any, first: int) -> set[int]:
-        """Calls at which maps may change their size: a cache can't reuse older ones."""
+    def turns(self, plan: Any, first: int, size: tuple[int, int]) -> set[int]:
+        """Calls at which maps may change their size: a cache can't reuse older ones. size: the latents'."""
+        if self.native is not None and max(size) <= self.native:
+            return set()
         done = [1 - t / plan.train_steps for t in plan.times]
         return {i for i in range(first + 1, plan.calls) for edge in (0.16, 0.3, 0.4, 0.7)
                 if done[i - 1] < edge <= done[i]}
@@ -286,6 +297,11 @@ class DemoFusion(Baseline):
     """
     sigma: float = 0.8
     native: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.sigma <= 100:
+            raise ValueError(f"DemoFusion's sigma must be above 0 and up to 100, not {self.sigma:g}")
 
     def stages(self, native: int, height: int, width: int) -> FreeScale:
         """Its cascade to this size in pixels: once, twice, three times the model's own size `native`, and so on."""

@@ -453,6 +453,9 @@ class MaskSearch:
         if self.schedule == "released" and self.iterations:
             raise ValueError(f"the mask search's released schedule has its own iterations: leave out "
                              f"{self.iterations}, or take the paper's schedule")
+        for name in ("lr", "weight_decay", "initial"):
+            if not math.isfinite(getattr(self, name)) or name != "initial" and getattr(self, name) < 0:
+                raise ValueError(f"the mask search's {name} can't be {getattr(self, name):g}")
         for name, legal in (("schedule", ("paper", "released")), ("keep", ("last", "best"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"the mask search's {name} is {' or '.join(legal)}, not {getattr(self, name)!r}")

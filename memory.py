@@ -212,24 +212,24 @@ def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tup
 
 
 def shape_run(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
-              **techniques: Any) -> Run:
+              sampler: str = "ddim", **techniques: Any) -> Run:
     """A run of one image from step `first`, which only says what each call executes: its latents are shapes."""
     noise = torch.empty(1, unet.config.in_channels, height, width, device="meta")
     said = Condition(torch.empty(1, 1, unet.config.context_dim, device="meta"))
-    return begin(unet, noise, said, said if guided else None, plan("ddim", steps), 7.5, noise if first else None,
-                 (steps - first + 0.5) / steps if first else 1.0, None, techniques)
+    return begin(unet, noise, said, said if guided else None, plan(sampler, steps), 7.5, noise if first else None,
+                 (steps - first + 0.5) / steps if first else 1.0, [torch.Generator()], techniques)
 
 
 def run_macs(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
-             tokens: int = 77, **techniques: Any) -> int:
+             tokens: int = 77, sampler: str = "ddim", **techniques: Any) -> int:
     """Multiply-adds of all passes of one image's run from step `first`, with a cache and T-GATE; guided: two branches.
 
     height, width: of the latents.
     """
     units, total = unit_macs(unet, height, width, tokens), 0
-    run = shape_run(unet, height, width, steps, first, guided, **techniques)
+    run = shape_run(unet, height, width, steps, first, guided, sampler, **techniques)
     cache, tgate = run.acting.get("cache"), run.acting.get("tgate")
-    for i in range(run.first, steps):
+    for i in range(run.first, run.plan.calls):
         runs = range(len(units)) if cache is None else cache.units(i)
         attends = tgate is None or tgate.open(i)
         total += len(run.halves(i)) * sum(units[k][0] + (units[k][1] if attends else 0) for k in runs)

@@ -353,15 +353,15 @@ def report(sd: StableDiffusion, args: argparse.Namespace, techniques: dict[str, 
     units, ran, whole = [], 0, 0
     for height, width, first in sizes:
         shape, guided = (height // sd.config.vae.factor, width // sd.config.vae.factor), args.cfg_scale != 1
-        cache = shape_run(sd.unet, *shape, steps, first, guided, **saving).acting.get("cache")
-        if cache is not None:
-            every = 2 * sd.unet.middle + 1
-            units.append((sum(len(cache.units(i)) for i in range(first, steps)), every * (steps - first)))
-            for note in notes([key for key in sorted(cache.keys) if first <= key < steps], steps):
-                warnings.warn(note, stacklevel=2)
+        run = shape_run(sd.unet, *shape, steps, first, guided, args.sampler, **saving)
         tokens = sd.config.text_encoder.length
-        ran += run_macs(sd.unet, *shape, steps, first, guided, tokens, **saving)
-        whole += run_macs(sd.unet, *shape, steps, first, guided, tokens)
+        cache, calls = run.acting.get("cache"), range(run.first, run.plan.calls)
+        if cache is not None:
+            units.append((sum(len(cache.units(i)) for i in calls), (2 * sd.unet.middle + 1) * len(calls)))
+            for note in notes(sorted({run.plan.step(i) for i in calls if i in cache.keys}), steps):
+                warnings.warn(note, stacklevel=2)
+        ran += run_macs(sd.unet, *shape, steps, first, guided, tokens, args.sampler, **saving)
+        whole += run_macs(sd.unet, *shape, steps, first, guided, tokens, args.sampler)
     told = ["{} of {} units".format(*map(sum, zip(*units)))] if units else []
     if whole and args.freescale is None:                               # FreeScale's attention is not in the count
         told.append(f"{ran / 1e9:.4g} of {whole / 1e9:.4g} billion multiply-adds")

@@ -137,10 +137,10 @@ def test_every_change_of_hidiffusions_maps_is_a_key_step(sampler):
         for side in (16, 32):
             calls = plan(sampler, 20)
             run = begin(UNETS[config], randn(1, 4, side, side), *conditions(config), calls, 3.0, None, 1.0, seeded(0),
-                        {"highres": ALL["HiDiffusion"], "cache": DeepCache(calls.calls)})
+                        {"highres": ALL["HiDiffusion"], "cache": DeepCache(20)})
             state, keys = run.acting["highres"], run.acting["cache"].keys
             changes = {i for i in range(1, run.plan.calls) if not state.alike(i - 1, i)}
-            assert changes and changes < keys and len(keys) <= 5
+            assert changes and changes < keys and len(keys) <= 6       # 2 are the calls of the first step
 
 
 @both_families
