@@ -79,22 +79,25 @@ def distributed(module: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 class Training:
-    """A training run: module, optimiser, progress and log. It is kept in the file `path` and goes on from there.
+    """A training run: module, optimisers, progress and log. It is kept in the file `path` and goes on from there.
 
-    averaged: also keep the moving average of all weights, over about a tenth of the steps and at most 2,000.
-    clip: the largest norm of the gradient. adamw: more arguments of the optimiser. facts: what the run depends on.
+    memory: also keep the moving average of all weights, over about a tenth of the steps and at most so many.
+    clip: the largest norm of the gradient. facts: what the run depends on.
+    optimizers: in place of AdamW with lr and weight_decay. A parameter group with a "factor" has so many times the rate
+        that `update` is given.
     InputError where the file belongs to another module or other facts.
     """
-    KEPT = ("average", "step", "seconds", "curve", "scores")           # with the module's and the optimiser's states
+    KEPT = ("average", "step", "seconds", "curve", "scores", "fell")   # with the states of module and optimisers
 
     def __init__(self, module: nn.Module, path: Path | None = None, lr: float = 1e-3, weight_decay: float = 1e-2,
-                 seed: int = 0, averaged: bool = False, clip: float | None = None, adamw: dict[str, Any] | None = None,
-                 **facts: Any):
-        self.module, self.path, self.seed, self.clip = module, path, seed, clip
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, **(adamw or {}))
-        self.average = {name: p.detach().clone() for name, p in module.state_dict().items()} if averaged else None
+                 seed: int = 0, memory: int | None = None, clip: float | None = None,
+                 optimizers: list[torch.optim.Optimizer] | None = None, **facts: Any):
+        self.module, self.path, self.seed, self.memory, self.clip = module, path, seed, memory, clip
+        self.optimizers = optimizers or [torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)]
+        self.average = {name: p.detach().clone() for name, p in module.state_dict().items()} if memory else None
         self.facts = dict(lr=lr, weight_decay=weight_decay, seed=seed, **facts)
         self.step, self.seconds, self.curve, self.scores = 0, 0.0, [], []
+        self.fell: int | None = None               # the step at which the rate began to fall, where the caller notes it
         if path is None or not path.exists():
             return
         try:
@@ -104,7 +107,8 @@ class Training:
                     raise InputError(f"{path} was begun with {name} {state['facts'].get(name)}, not {value}: go on as "
                                      "it began, or remove it")
             module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(its)
             for name in self.KEPT:
                 setattr(self, name, state[name])
         except InputError:
@@ -115,22 +119,25 @@ class Training:
     def save(self) -> None:
         if self.path is not None and rank() == 0:
             with replacing(self.path) as part:
-                torch.save({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                            "facts": self.facts, **{name: getattr(self, name) for name in self.KEPT}}, part)
+                torch.save({"module": self.module.state_dict(), "facts": self.facts,
+                            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                            **{name: getattr(self, name) for name in self.KEPT}}, part)
 
     def update(self, loss: Tensor, lr: float | None = None, first: int = 0) -> None:
-        """One step of the optimiser. lr: its rate, None: as it is. first: the step at which the average begins."""
-        self.optimizer.zero_grad()
+        """One step of the optimisers. lr: their rate, None: as it is. first: the step at which the average begins."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
-        for group in self.optimizer.param_groups if lr is not None else []:
-            group["lr"] = lr
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups if lr is not None else []:
+                group["lr"] = lr * group.get("factor", 1)
+            optimizer.step()
         self.step += 1
         with torch.no_grad():
             for name, p in self.module.state_dict().items() if self.average is not None else []:
-                self.average[name].lerp_(p, max(1 / 2000, 9 / (9 + self.step - first)))
+                self.average[name].lerp_(p, max(1 / self.memory, 9 / (9 + self.step - first)))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
@@ -140,31 +147,32 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 
 def fit(run: Training, steps: int, loss_of: Callable[[int], Tensor | None], name: str, save_every: int = 500,
         log_every: int = 100, log: Callable[[float], None] | None = None, on_save: Callable[[], None] = lambda: None,
-        peak: float | None = None, first: int = 0) -> None:
+        peak: float | None = None, first: int = 0, stop: int | None = None) -> None:
     """The loop of all trainings, up to `steps`. loss_of(step): draws a batch and returns its loss; None: there is none.
 
     log(loss): called every log_every steps and before each checkpoint with the mean loss since it was last called;
         None: the curve takes (step, loss). on_save(): called before each checkpoint.
-    peak: of `learning_rate` from step `first` on; None: the optimiser's own constant rate.
+    peak: of `learning_rate` from step `first` on; None: the optimisers' own constant rate.
+    stop: a step before `steps` at which to leave this schedule.
     Batches that end too early end the training, with a warning; InputError where a loss or a weight is not finite. Both
     leave the last good checkpoint.
     """
     recent: list[float] = []
-    log = log or (lambda loss: run.curve.append((run.step, loss)))
-    with tqdm(total=steps, initial=min(run.step, steps), desc=name, unit="step", disable=rank() > 0) as bar:
-        while run.step < steps:
+    log, stop = log or (lambda loss: run.curve.append((run.step, loss))), steps if stop is None else stop
+    with tqdm(total=stop, initial=min(run.step, stop), desc=name, unit="step", disable=rank() > 0) as bar:
+        while run.step < stop:
             started = time.time()
             loss = loss_of(run.step)
             if loss is None:
-                warnings.warn(f"the batches ended after step {run.step} of {steps}", stacklevel=3)
-                steps = run.step
+                warnings.warn(f"the batches ended after step {run.step} of {stop}", stacklevel=3)
+                stop = run.step
             else:
                 check_finite("loss", run.step, [loss])                 # before it reaches the weights
                 run.update(loss, None if peak is None else learning_rate(run.step - first, steps - first, peak), first)
                 recent.append(loss.item())
                 bar.update()
             run.seconds += time.time() - started
-            save = run.step % save_every == 0 or run.step == steps
+            save = run.step % save_every == 0 or run.step == stop
             if recent and (save or run.step % log_every == 0):         # a checkpoint holds no half-summed losses
                 check_finite(name, run.step, run.module.parameters())
                 log(sum(recent) / len(recent))

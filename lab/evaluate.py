@@ -4,7 +4,8 @@
     python -m lab.evaluate --cache deepcache --out cached.json
     python -m lab.evaluate --compare result.json cached.json                          # paired differences
 
-GenEval's six categories (arXiv 2310.11513); overall is their unweighted mean. Intervals are 95 %, by the bootstrap over
+GenEval's six categories (arXiv 2310.11513); overall is their unweighted mean. A picture is right by the strict
+judgement of `lab/shapes.py`; the loose one, GenEval's own, is only reported. Intervals are 95 %, by the bootstrap over
 prompts. The CLIP score is the cosine of picture and prompt in the model's own CLIP; the Frechet distance (arXiv
 1706.08500) to drawn pictures is measured in the features of its image tower. Start at `measure`, which all studies use.
 A stopped run goes on where it was, and processes under `torchrun` share the work. Only a model trained on the world of
@@ -108,8 +109,9 @@ def to_bytes(images: Tensor) -> list[np.ndarray]:
 
 
 def judged(picture: np.ndarray, prompt: str) -> Row:
-    """A picture's scores. strict: not one object more than asked, and the named sizes, places and background too."""
-    return {"strict": bool(shapes.judge(picture, prompt, strict=True)), "loose": bool(shapes.judge(picture, prompt))}
+    """A picture's scores: strict, the primary one; loose, GenEval's; and how good it is, from 0 to 1."""
+    verdict = shapes.judge(picture, prompt)
+    return {"strict": verdict.ok, "loose": verdict.loose, "quality": round(shapes.measure(picture, prompt).quality, 5)}
 
 
 def measure(sd: StableDiffusion, prompts: list[str], seed: int, batch: int, settings: Row, path: Path, made_with: Row,
@@ -135,7 +137,7 @@ def measure(sd: StableDiffusion, prompts: list[str], seed: int, batch: int, sett
 
 def measure_arm(sd: StableDiffusion, results: Results, arm: Arm, prompts: list[str], seed: int, batch: int,
                 settings: Row, more: Any = None, summary: Callable[[list[Row]], Row] = lambda rows: {}) -> Row:
-    """The entry of an arm in the results: its scores, 0 or 1 per picture, and a summary of its rows.
+    """The entry of an arm in the results: its scores, 0 or 1 per picture, their mean quality, a summary of its rows.
 
     Drawn if it isn't there; settings are those that all arms have. more: as in `measure`.
     """
@@ -144,19 +146,21 @@ def measure_arm(sd: StableDiffusion, results: Results, arm: Arm, prompts: list[s
 
     def make() -> Row:
         rows = measure(sd, prompts, seed, batch, settings | arm.settings, path, results.made_with | made, more)
-        return {name: "".join(str(int(row[name])) for row in rows) for name in ("strict", "loose")} | summary(rows)
+        found = {name: "".join(str(int(row[name])) for row in rows) for name in ("strict", "loose")}
+        quality = bootstrap([row["quality"] for row in rows], prompts)["overall"]
+        return found | {"quality": quality} | summary(rows)
     entry = results.entry("measure", arm.name, make, **made)
     study.remove_parts(path)
     return entry
 
 
-def scores(entry: Row, which: str = "loose") -> np.ndarray:
+def scores(entry: Row, which: str = "strict") -> np.ndarray:
     """(pictures,) of 0 and 1"""
     return np.array(list(entry[which]), float)
 
 
 def compare_arms(results: Results, known: Iterable[Arm], prompts: list[str], name: str,
-                 which: str = "loose") -> dict[str, Row]:
+                 which: str = "strict") -> dict[str, Row]:
     """The entries of all known arms that were measured with the same settings as arm `name`, with scores and leads.
 
     Those of earlier runs count as well, so that p is corrected over all arms even if a run measures only some.
@@ -207,15 +211,16 @@ def summarize(sd: StableDiffusion, reward: ClipReward | None, rows: list[Row], s
     """All numbers of a run, from its rows. size: height and width of its pictures."""
     result: Row = {"seconds_per_image": round(float(np.mean([row["seconds"] for row in rows])), 4),
                    "peak_memory_gb": round(peak_memory(sd.device), 3)}
-    if "loose" in rows[0]:
+    if "strict" in rows[0]:
         for name, chosen in (("all", rows), ("seen", [r for r in rows if r["seen"]]),
                              ("unseen", [r for r in rows if r["seen"] is False])):
             if chosen:
-                result[name] = estimates(chosen, [row["loose"] for row in chosen])
-        result["strict"] = estimates(rows, [row["strict"] for row in rows])
+                result[name] = estimates(chosen, [row["strict"] for row in chosen])
+        for name in ("quality", "loose"):
+            result[name] = estimates(rows, [row[name] for row in rows])
     if "clip" in rows[0]:
         result["clip_score"] = bootstrap([row["clip"] for row in rows], [row["prompt"] for row in rows])["overall"]
-    if "loose" in rows[0] and "clip" in rows[0] and drawn and len(rows) > len(rows[0]["features"]):
+    if "strict" in rows[0] and "clip" in rows[0] and drawn and len(rows) > len(rows[0]["features"]):
         real = drawn_features(reward.image, drawn, *size, seed=1)
         again = drawn_features(reward.image, len(rows), *size, seed=2)
         own = np.array([row["features"] for row in rows])
@@ -243,17 +248,18 @@ def compare(paths: list[Path]) -> dict[str, Estimate]:
     for path in paths:
         try:
             results.append(json.loads(path.read_text(encoding="utf-8"))["rows"])
-            rows = [(row["kind"], row["prompt"], row["seed"], row["loose"]) for row in results[-1]]
+            rows = [(row["kind"], row["prompt"], row["seed"], row["strict"], row["quality"]) for row in results[-1]]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no result of lab.evaluate with verdicts; run it with --out {path}") from None
         if [row[:3] for row in rows] != [(r["kind"], r["prompt"], r["seed"]) for r in results[0]]:
             raise InputError(f"{paths[0]} and {path} have other prompts or seeds, so they can't be paired; run both "
                              "with the same --bench, --n-per-prompt and --seed")
     first, second = results
-    found = estimates(first, [b["loose"] - float(a["loose"]) for a, b in zip(first, second)])
+    differences = lambda name: [b[name] - float(a[name]) for a, b in zip(first, second)]
+    found = estimates(first, differences("strict"))
+    found["quality"] = estimates(first, differences("quality"))["overall"]
     if "clip" in first[0] and "clip" in second[0]:
-        differences = [b["clip"] - a["clip"] for a, b in zip(first, second)]
-        found["clip score"] = bootstrap(differences, [row["prompt"] for row in first])["overall"]
+        found["clip score"] = bootstrap(differences("clip"), [row["prompt"] for row in first])["overall"]
     return found
 
 
@@ -263,14 +269,14 @@ def draw_sheet(sd: StableDiffusion, rows: list[Row], settings: Row, path: Path, 
     """Up to `most` right pictures (framed green) and wrong ones (red), spread over the benchmark; of a file, all."""
     chosen = rows
     if rows[0]["kind"] != "file":
-        groups = [[row for row in rows if row["loose"] == ok] for ok in (True, False)]
+        groups = [[row for row in rows if row["strict"] == ok] for ok in (True, False)]
         chosen = [row for group in groups for row in group[::max(len(group) // most, 1)][:most]]
     pictures = [picture for start in range(0, len(chosen), 24)
                 for picture in to_bytes(sample(sd, [r["prompt"] for r in chosen[start:start + 24]],
                                                [r["seed"] for r in chosen[start:start + 24]], settings))]
     prompts = [row["prompt"] for row in chosen]
     study.sheet([("", pictures[k:k + 8]) for k in range(0, len(pictures), 8)], path, captions=prompts, frames=[
-        "seagreen" if judged(*pair)["loose"] else "crimson" for pair in zip(pictures, prompts)])
+        "seagreen" if judged(*pair)["strict"] else "crimson" for pair in zip(pictures, prompts)])
 
 
 def show(table: dict[str, Estimate], title: str) -> None:
@@ -361,13 +367,14 @@ def main() -> None:
         row.pop("features", None)
     study.write_text(own.out, json.dumps(study.to_json(made_with | result | {"rows": rows})) + "\n")
     study.remove_parts(own.out)
-    for name in ("all", "seen", "unseen", "strict"):
+    for name, title in (("all", "strict"), ("seen", "strict, seen half"), ("unseen", "strict, unseen half"),
+                        ("quality", "quality"), ("loose", "loose")):
         if name in result:
-            show(result[name], name)
+            show(result[name], title)
     for name in ("clip_score", "frechet", "seconds_per_image", "peak_memory_gb"):
         if name in result:
             print(f"{name}: {result[name]:.3f}" if name == "clip_score" else f"{name}: {result[name]}")
-    if own.sheet and "loose" in rows[0]:
+    if own.sheet and "strict" in rows[0]:
         draw_sheet(sd, rows, settings, own.sheet)
 
 

@@ -112,7 +112,7 @@ def main() -> None:
                                           "peak GB": cost.peak / 1e9}
         measure_arm(sd, results, arm, prompts, args.seed, args.batch_size, settings, more, totals)
         pictures.append((arm.name, draw(sd, prompts[:shown], args.batch_size, args.seed, settings | arm.settings)))
-    found = compare_arms(results, known.values(), prompts, table[0].name, "strict")
+    found = compare_arms(results, known.values(), prompts, table[0].name)
     rows = [["arm", "right", "over FreeScale", *study.LEAD[1:], "too many", "too few", "spectra", "seconds", "GB"]]
     for arm in table:
         x = found[arm.name]

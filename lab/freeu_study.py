@@ -408,7 +408,7 @@ def tune(sd: StableDiffusion, results: Results, settings: Row, candidates: int, 
             def reward(factors: Factors) -> float:
                 pictures = draw(sd, prompts, 50, 1_000_000 + seed, settings | {"freeu": FreeU(*factors)})
                 bar.update()
-                return float(np.mean([judged(*pair)["loose"] for pair in zip(pictures, prompts)]))
+                return float(np.mean([judged(*pair)["strict"] for pair in zip(pictures, prompts)]))
             tried = search(reward, [(1.0, 1.0, 1.0, 1.0), PRESETS[2][sd.config.family]], candidates, seed)
         return {"best": tried[0][0], "tried": tried}
     results.entry("search", "factors", make, candidates=candidates, n=n, seed=seed, **settings)

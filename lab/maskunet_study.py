@@ -334,7 +334,7 @@ class Study:
 
 def right_ones(pictures: list[np.ndarray], prompts: list[str]) -> str:
     """A 1 or a 0 per picture."""
-    return "".join(str(int(judged(*pair)["loose"])) for pair in zip(pictures, prompts))
+    return "".join(str(int(judged(*pair)["strict"])) for pair in zip(pictures, prompts))
 
 
 def acting(masks: Masks | LoRA | None, unet: UNet, seeds: list[int]) -> Weights | None:

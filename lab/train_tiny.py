@@ -6,7 +6,11 @@ Each stage keeps a checkpoint in the work folder and resumes from it. On a CPU, 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lab.train_tiny --out models/tiny
 
 Every process draws its own scenes from (seed, rank); gradients are averaged, so weights are the same everywhere.
-Source: latent diffusion, arXiv 2112.10752, sections 3.1 and 3.2; classifier-free guidance, arXiv 2207.12598.
+With `--parts models/tiny` autoencoder and CLIP are taken from that folder, and only the U-Net is trained. Its rate
+stays constant for `--steps`, then falls to zero during half as many more. Until it falls, a run is made longer by
+resuming it with more steps; fewer steps than it has done make it fall at once.
+Source: latent diffusion, arXiv 2112.10752, sections 3.1 and 3.2; classifier-free guidance, arXiv 2207.12598;
+v-prediction, arXiv 2202.00512; Muon, https://kellerjordan.github.io/posts/muon and arXiv 2502.16982.
 """
 import argparse
 import hashlib
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -33,7 +38,7 @@ from command import ArgumentParser, replacing, run_command
 from folder import ModelConfig, write_config
 from lab import shapes
 from lab.evaluate import evaluate
-from reward import ClipReward, ImageEncoder
+from reward import ClipReward, ImageEncoder, load_reward
 from sampler import NoiseSchedule
 from stable_diffusion import StableDiffusion
 from train import Training, distributed, fit, join, leave, rank, world
@@ -45,14 +50,72 @@ VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)  
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
 CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), reward.CONFIGS["tiny"]
 UNET_CONFIG = CONFIGS["tiny"]
-LESSON = 400                                                           # steps that teach words for sides alone
-MODEL_CONFIG = ModelConfig(family="tiny", prediction="epsilon", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
+MIX = {"single": 0.10, "two": 0.16, "counting": 0.32, "colors": 0.10, "position": 0.18, "color_attr": 0.14}
+NUMBERS = 2, 3, 4, 4                                                   # objects that are counted: four as often as both
+COLORED = 0.5                                                          # the share of captions that name colours
+LESSON = range(6000, 6400)                                             # steps that teach words for sides alone
+RATE = 1.5e-3                                                          # of AdamW; Muon has twice as much
+MODEL_CONFIG = ModelConfig(family="tiny", prediction="v", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
                            vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
 
 
-def begin(module: nn.Module, path: Path, device: torch.device) -> Training:
-    """A stage's training, with averaged weights. It goes on where the checkpoint `path` ends."""
-    return Training(module.to(device), path, averaged=True, clip=1.0, adamw=dict(betas=(0.9, 0.99), fused=True))
+class Muon(torch.optim.Optimizer):
+    """Momentum, where the update of every matrix is replaced by the nearest orthogonal one.
+
+    A convolution's weight counts as a matrix (C_out, C_in h w). The update is scaled to the size of a usual one of
+    AdamW, arXiv 2502.16982. Processes share the work: each makes the updates of its share of the matrices. (PyTorch's
+    own Muon refuses the weights of convolutions, and every process would make all updates.)
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.05):
+        super().__init__(parameters, dict(lr=0.0, momentum=momentum, weight_decay=weight_decay, factor=2))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters, beta = group["params"], group["momentum"]
+            updates = [torch.zeros_like(p) for p in parameters]
+            for k, (p, update) in enumerate(zip(parameters, updates)):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - beta)
+                if k % world() == rank():
+                    matrix = p.grad.lerp(momentum, beta).flatten(1)
+                    update.copy_((orthogonal(matrix) * 0.2 * max(matrix.shape) ** 0.5).view_as(p))
+            if world() > 1:
+                flat = torch.cat([update.flatten() for update in updates])
+                dist.all_reduce(flat)
+                updates = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters)]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """(m, n) -> (m, n) with the same singular vectors and singular values near 1, by five steps of Newton-Schulz.
+
+    The steps act on the smaller Gram matrix alone, which is faster: all that is done to x commutes with it.
+    """
+    if len(x) > x.shape[1]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm() + 1e-7)
+    gram, product = x @ x.mT, torch.eye(len(x), dtype=x.dtype, device=x.device)
+    one = product
+    for _ in range(5):
+        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        gram, product = factor @ gram @ factor, factor @ product
+    return product @ x
+
+
+def begin(module: nn.Module, path: Path, device: torch.device, matrices: list[nn.Parameter] | None = None,
+          memory: int = 2000) -> Training:
+    """A stage's training, with averaged weights. It goes on where the checkpoint `path` ends.
+
+    matrices: these weights are trained by Muon, at twice the rate; all others by AdamW.
+    """
+    rest = [p for p in module.to(device).parameters() if not any(p is other for other in matrices or [])]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices))
+    return Training(module, path, memory=memory, clip=1.0, optimizers=optimizers)
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: autoencoder
@@ -229,14 +292,15 @@ def train_clip(scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: 
 
 # ------------------------------------------------------------------------------------------------------ stage 3: U-Net
 
-class TextToNoise(nn.Module):
-    """Text encoder and U-Net, trained together. (B, 4, h, w), times (B,), ids (B, L) -> predicted noise (B, 4, h, w)"""
+class TextToVelocity(nn.Module):
+    """Text encoder and U-Net, trained together. (B, 4, h, w), times (B,), ids (B, L) -> predicted v (B, 4, h, w)"""
 
-    def __init__(self):
+    def __init__(self, clip_text: TextEncoder):
+        """The text encoder begins as CLIP's, without the projection."""
         super().__init__()
         self.text, self.unet = TextEncoder(TEXT_CONFIG), UNet(UNET_CONFIG)
-        for embedding in self.text.text_model.embeddings.children():
-            nn.init.normal_(embedding.weight, std=0.02)
+        own = self.text.state_dict()
+        self.text.load_state_dict({name: p for name, p in clip_text.state_dict().items() if name in own})
         for name, p in self.unet.named_parameters():                   # every block begins as the identity
             if any(part in name for part in ("conv2.", "proj_out.", "conv_out.")):
                 nn.init.zeros_(p)
@@ -267,17 +331,19 @@ def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torc
     return tuple(latents)
 
 
-def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: clip_text.Tokenizer,
-               work: Path, steps: int, side_steps: int, batch: int, seed: int, device: torch.device,
-               finish: Callable[[TextToNoise, Training], None]) -> None:
-    """Predict the noise in noised latents from their captions; a tenth of the captions is empty, for guidance.
+def train_unet(vae: VAE, clip: ClipReward, scenes: list[shapes.Scene], neat: list[shapes.Scene],
+               tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int, seed: int, device: torch.device,
+               save_every: int, finish: Callable[[TextToVelocity, Training], None]) -> None:
+    """Predict v = sqrt(a) eps - sqrt(1 - a) x0 of noised latents from captions; a tenth is empty, for guidance.
 
-    In the second half of `steps`, every other scene is a neat one, whose caption can say nearly exactly where objects
-    lie. What "on the left" and "above" mean is not learnt that way: objects show through the noise at nearly all times,
-    so the words matter only above t = 950, where 7 % of the rows are. `side_steps` more begin with a lesson
-    (`LESSON` steps of nothing but that) and go on with a third of it, so that it isn't forgotten.
+    Matrices are trained by Muon. The rate is constant for `steps` and falls during half as many more.
 
-    The text encoder is trained with it, not taken from CLIP. finish(averaged weights, run): at each checkpoint.
+    What "on the left" and "above" mean is hard to learn: objects show through the noise at nearly all times, so the
+    words matter only above t = 950. So some rows are lessons: neat scenes at times above 900, whose captions say where
+    objects lie. First an eighth of the rows, then, for the steps of `LESSON`, all, and a quarter from then on.
+
+    The text encoder begins with CLIP's weights and is trained with the U-Net. finish(averaged weights, run): at each
+    checkpoint.
     """
     plain = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
     lined_up = world_latents(vae, neat, work / f"neat-{rank()}.safetensors", device)
@@ -285,73 +351,93 @@ def train_unet(vae: VAE, scenes: list[shapes.Scene], neat: list[shapes.Scene], t
     every = scenes + neat
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
-        model = TextToNoise()
-    run = begin(model, work / "unet.pt", device)
+        model = TextToVelocity(clip.text)
+    ends = ("embedding", "conv_in", "conv_out")
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and not any(part in name for part in ends)]
+    run = begin(model, work / "unet.pt", device, matrices, memory=4000)
     parallel = distributed(model)
     alphas = NoiseSchedule().alphas().to(device)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 4, rank(), step])
         rows = rng.integers(len(scenes), size=batch)
-        if steps // 2 <= step < steps:
-            rows[::2] = len(scenes) + rows[::2] % len(neat)
-        lesson = np.zeros(batch, bool)                                 # rows about sides, at high noise
-        if step >= steps:
-            lesson[::3] = True
-            lesson |= step < steps + LESSON
-            rows[lesson] = len(scenes) + rows[lesson] % len(neat)
-        captions = ["" if rng.random() < 0.1 else shapes.caption(every[r], rng, where=bool(at_sides))
+        lesson = np.arange(batch) % (8 if step < LESSON.start else 1 if step in LESSON else 4) == 0
+        rows[lesson] = len(scenes) + rows[lesson] % len(neat)
+        captions = ["" if rng.random() < 0.1 else shapes.caption(every[r], rng, where=bool(at_sides), colored=COLORED)
                     for r, at_sides in zip(rows, lesson)]
         ids, _ = tokenizer(captions, TEXT_CONFIG.length, TEXT_CONFIG.pad)
         z, eps = torch.from_numpy(rng.standard_normal((2, batch, *mean.shape[1:]), np.float32)).to(device)
         x0 = mean[rows].float().to(device) + std[rows].float().to(device) * z
-        # Shape and place are decided at high noise, where the error in the noise says little of that in the picture:
-        # those times are drawn a little more often, and weigh up to five times as much (in a lesson, up to fifty).
+        # Shape, number and place are decided at high noise: such times are drawn more often. The highest, where little
+        # can be known, weigh less (down to a tenth), except in a lesson.
         u = rng.random(batch)
-        t = torch.from_numpy(np.where(lesson, 900 + 100 * u, 1000 * u ** 0.7).astype(np.int64)).to(device)
+        t = torch.from_numpy(np.where(lesson, 900 + 100 * u, 1000 * u ** 0.6).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
-        error = parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, ids.to(device)) - eps
-        most = torch.from_numpy(np.where(lesson, 50.0, 5.0).astype(np.float32)).to(device)[:, None, None, None]
-        return (error.square() * (1 / a).minimum(most)).mean()
+        v = a.sqrt() * eps - (1 - a).sqrt() * x0
+        error = parallel(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, ids.to(device)) - v
+        weight = (20 * a).clamp(max=1).where(torch.from_numpy(~lesson).to(device)[:, None, None, None], 1.0)
+        return (error.square() * weight).mean()
 
     def average() -> None:
-        if rank() == 0:
-            averaged = TextToNoise().to(device)
-            averaged.load_state_dict(run.average)
-            finish(averaged.eval().requires_grad_(False), run)
+        averaged = TextToVelocity(clip.text).to(device)
+        averaged.load_state_dict(run.average)
+        finish(averaged.eval().requires_grad_(False), run)
 
-    fit(run, steps, loss_of, "U-Net", save_every=1000, on_save=average, peak=1e-3)
-    fit(run, steps + side_steps, loss_of, "U-Net, sides", save_every=1000, on_save=average, peak=1e-3, first=steps)
+    if run.fell is None:
+        turn = max(steps, run.step)
+        fit(run, turn * 3 // 2, loss_of, "U-Net", save_every, on_save=average, peak=RATE, stop=turn)
+        run.fell = run.step
+    fit(run, run.fell * 3 // 2, loss_of, "U-Net, falling rate", save_every, on_save=average, peak=RATE)
 
 
 def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
-    """Shares of right pictures of a few prompts of each kind and half, other prompts than the benchmark's."""
+    """Shares of right pictures of a few prompts of each kind and half, other prompts than the benchmark's.
+
+    Every process draws its share of them.
+    """
     rows = [row for kind in shapes.KINDS for seen in (True, False)
             for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
-    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=48, seed=1_000_000, steps=20, cfg_scale=5.0)
-    share = lambda **of: float(np.mean([v.ok for v, row in zip(verdicts, rows) if of.items() <= row.items()]))
+    mine = rows[rank()::world()]
+    verdicts, pictures = evaluate(sd, [row["prompt"] for row in mine], batch=48, seed=1_000_000 + 10_000 * rank(),
+                                  steps=20, cfg_scale=5.0)
+    found = [(row, verdict.ok, verdict.loose, shapes.measure(picture, row["prompt"]))
+             for row, verdict, picture in zip(mine, verdicts, pictures)]
+    if dist.is_initialized():
+        parts = [None] * world()
+        dist.all_gather_object(parts, found)
+        found = sum(parts, [])
+    share = lambda **of: float(np.mean([ok for row, ok, *_ in found if of.items() <= row.items()]))
     return {"overall": share(), "seen": share(seen=True), "unseen": share(seen=False),
-            **{kind: share(kind=kind) for kind in shapes.KINDS}}
+            **{kind: share(kind=kind) for kind in shapes.KINDS},
+            "loose": float(np.mean([loose for _, _, loose, _ in found])),
+            "quality": float(np.mean([measured.quality for *_, measured in found])),
+            "overlap": float(np.mean([measured.overlap for *_, measured in found]))}
 
 
 def draw_curve(facts: dict, path: Path) -> None:
-    """The score against the samples seen, of a training.json."""
+    """The scores against the samples seen, of a training.json; the hours, where it has them, stand above."""
     import matplotlib  # a development requirement
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name in facts["scores"][0][1]:
-        width = {"overall": 2.5, "seen": 1.5, "unseen": 1.5}.get(name, 0.8)
-        axis.plot([n / 1000 for n, _ in facts["scores"]], [shares[name] for _, shares in facts["scores"]], "o-",
-                  label=name, linewidth=width, markersize=width + 1)
-    axis.set(xlabel="thousand samples", ylabel="share of right pictures", ylim=(0, 1))
+    thousands = [n / 1000 for n, *_ in facts["scores"]]
+    hours = [hour for _, *rest, _ in facts["scores"] for hour in rest]         # models/tiny has none
+    for name in facts["scores"][0][-1]:
+        width = {"overall": 2.5, "quality": 2.5, "seen": 1.5, "unseen": 1.5}.get(name, 0.8)
+        axis.plot(thousands, [numbers[name] for *_, numbers in facts["scores"]], "o-", label=name, linewidth=width,
+                  markersize=width + 1)
+    axis.set(xlabel="thousand samples", ylabel="share of right pictures, or mean", ylim=(0, 1))
+    if hours:
+        axis.secondary_xaxis("top", functions=(
+            lambda x: np.interp(x, [0, *thousands], [0, *hours]),
+            lambda x: np.interp(x, [0, *hours], [0, *thousands]))).set_xlabel("hours")
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, ncols=2)
+    axis.legend(fontsize=8, ncols=3)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
 
 
-def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToNoise, facts: dict) -> None:
+def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToVelocity, facts: dict) -> None:
     """The model folder that `txt2img.py` loads, in float16, and how it was trained; in it, CLIP's own folder."""
     clip.save(out / "clip")
     for name, module in (("vae", vae), ("text_encoder", model.text), ("unet", model.unet)):
@@ -372,11 +458,14 @@ def main() -> None:
     parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
     parser.add_argument("--clip-neat-steps", type=int, default=1500, help="then, about neat sides (%(default)s)")
     parser.add_argument("--clip-side-steps", type=int, default=6000, help="then, about any sides (%(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of stage 3 (%(default)s)")
-    parser.add_argument("--side-steps", type=int, default=3000, help="then, with words for sides (%(default)s)")
+    parser.add_argument("--steps", type=int, default=28_000, help="optimiser steps of stage 3 at a constant rate; half "
+                        "as many follow at a falling one (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step and process (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=40_000, help="different scenes per process (%(default)s)")
-    parser.add_argument("--score-n", type=int, default=8, help="prompts judged, per kind and half, at each checkpoint")
+    parser.add_argument("--scenes", type=int, default=60_000, help="different scenes per process (%(default)s)")
+    parser.add_argument("--parts", type=Path, metavar="FOLDER", help="take autoencoder and CLIP from this model folder")
+    parser.add_argument("--save-every", type=int, default=500, help="steps of stage 3 from save to save (%(default)s)")
+    parser.add_argument("--score-every", type=int, default=2000, help="steps between scores (%(default)s)")
+    parser.add_argument("--score-n", type=int, default=16, help="prompts judged, per kind and half (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--curve", type=Path, metavar="PNG", help="instead: draw the score of OUT against samples")
@@ -386,31 +475,42 @@ def main() -> None:
     device = join(torch.device(args.device))
     torch.set_flush_denormal(True)                                     # +10-15 % on CPU
     args.work.mkdir(parents=True, exist_ok=True)
-    scenes_rng = np.random.default_rng([args.seed, 2, rank()])
-    scenes = [shapes.random_scene(scenes_rng, split="train") for _ in range(args.scenes)]
-    kinds = [kind for kind in shapes.KINDS if kind != "counting"]
-    neat_rng = np.random.default_rng([args.seed, 5, rank()])
-    neat = [shapes.random_scene(neat_rng, kinds[k % len(kinds)], "train", neat=True) for k in range(args.scenes // 2)]
     tokenizer_path = args.work / f"tokenizer-{rank()}.json"
     make_tokenizer().save(str(tokenizer_path))
     tokenizer = clip_text.Tokenizer(tokenizer_path)
+    neat_kinds = [kind for kind in shapes.KINDS if kind != "counting"]
+    neat_rng = np.random.default_rng([args.seed, 5, rank()])
+    neat = [shapes.random_scene(neat_rng, neat_kinds[k % len(neat_kinds)], "train", neat=True)
+            for k in range(args.scenes // 4)]
+    minutes: dict[str, float] = {}
 
-    vae, vae_run = train_vae(args.work, args.vae_steps, 2 * args.batch, args.seed, device)
-    clip, clip_run = train_clip(scenes, neat, tokenizer, args.work, args.clip_steps, args.clip_neat_steps,
-                                args.clip_side_steps, 2 * args.batch, args.seed, device)
+    if args.parts:
+        vae, clip = StableDiffusion.load(args.parts, device).vae, load_reward(args.parts / "clip", device)
+        for part in (vae, clip.image, clip.text):
+            part.eval().requires_grad_(False)
+    else:
+        vae, vae_run = train_vae(args.work, args.vae_steps, 2 * args.batch, args.seed, device)
+        scenes_rng = np.random.default_rng([args.seed, 2, rank()])
+        scenes = [shapes.random_scene(scenes_rng, split="train") for _ in range(args.scenes)]
+        clip, clip_run = train_clip(scenes, neat, tokenizer, args.work, args.clip_steps, args.clip_neat_steps,
+                                    args.clip_side_steps, 2 * args.batch, args.seed, device)
+        minutes = {"vae": vae_run.seconds / 60, "clip": clip_run.seconds / 60}
 
-    def finish(model: TextToNoise, run: Training) -> None:
+    def finish(model: TextToVelocity, run: Training) -> None:
         sd = StableDiffusion(MODEL_CONFIG, tokenizer, [model.text], model.unet, vae)
-        if args.score_n:
-            run.scores.append((run.step * args.batch * world(), score(sd, args.score_n)))
-        minutes = {name: r.seconds / 60 for name, r in (("vae", vae_run), ("clip", clip_run), ("unet", run))}
-        write_folder(args.out, vae, clip, model, {
-            "steps": run.step, "samples": run.step * args.batch * world(), "minutes": minutes, "processes": world(),
-            "device": device.type, "seed": args.seed, "scores": run.scores, "clip_loss": clip_run.curve,
-            "loss": run.curve})
+        if args.score_n and run.step % args.score_every == 0:
+            run.scores.append((run.step * args.batch * world(), run.seconds / 3600, score(sd, args.score_n)))
+        if rank() == 0:
+            write_folder(args.out, vae, clip, model, {
+                "steps": run.step, "samples": run.step * args.batch * world(), "fell": run.fell,
+                "minutes": minutes | {"unet": run.seconds / 60}, "processes": world(), "device": device.type,
+                "seed": args.seed, "scores": run.scores, "loss": run.curve})
 
-    train_unet(vae, scenes, neat, tokenizer, args.work, args.steps, args.side_steps, args.batch, args.seed, device,
-               finish)
+    rng = np.random.default_rng([args.seed, 6, rank()])
+    scenes = [shapes.random_scene(rng, str(kind), "train", numbers=NUMBERS)
+              for kind in rng.choice(list(MIX), args.scenes, p=list(MIX.values()))]
+    train_unet(vae, clip, scenes, neat, tokenizer, args.work, args.steps, args.batch, args.seed, device,
+               args.save_every, finish)
     leave()
 
 

@@ -43,7 +43,7 @@ def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_pat
     numbers = json.loads((tmp_path / "cache.json").read_text())
     assert set(numbers["measure"]) == {"base", "FreeU", "DeepCache b1 N10"}
     arm = numbers["measure"]["DeepCache b1 N10"]
-    assert 3 < arm["arithmetic"] < 4 and arm["PSNR"] < numbers["measure"]["base"]["PSNR"] and len(arm["loose"]) == 2
+    assert 3 < arm["arithmetic"] < 4 and arm["PSNR"] < numbers["measure"]["base"]["PSNR"] and len(arm["strict"]) == 2
     assert len(numbers["figures"]["curves"]["encoder, mid"]["moved"]) == 19
     monkeypatch.setattr(evaluate, "measure", None)
     monkeypatch.setattr(cache_study, "curves", None)

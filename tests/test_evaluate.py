@@ -12,7 +12,7 @@ from PIL import Image
 
 from folder import TINY
 from lab import shapes
-from lab.evaluate import frechet_distance, main, make_scenes, read_rows
+from lab.evaluate import frechet_distance, judged, main, make_scenes, read_rows
 
 QUICK = ("--steps", "2", "--drawn", "0")
 
@@ -49,6 +49,21 @@ def test_the_frechet_distance_is_that_of_known_normal_distributions():
     assert frechet_distance(a, b) == pytest.approx(3 * (2 ** 2 + (3 - 1) ** 2), rel=0.02)
 
 
+def test_pictures_that_take_no_notice_of_their_prompt_score_0():
+    """That of all six shapes, an empty one, and what the prompt before asked for."""
+    made = [make_scenes(kind, 5) for kind in shapes.KINDS]
+    prompts = [prompt for captions, _ in made for prompt in captions]
+    pictures = [shapes.draw(scene) for _, scenes in made for scene in scenes]
+    six = shapes.draw(shapes.Scene(tuple(shapes.Thing(shape, "blue", (k % 3 + 0.5) / 3, (k // 3 + 0.5) / 2, 0.14)
+                                         for k, shape in enumerate(shapes.SHAPES)), "white"))
+    empty = shapes.draw(shapes.Scene((), "white"))
+    for others in ([six] * len(prompts), [empty] * len(prompts), pictures[-1:] + pictures[:-1]):
+        found = list(map(judged, others, prompts))
+        assert not any(row["strict"] for row in found) and np.mean([row["quality"] for row in found]) < 0.4
+    found = list(map(judged, pictures, prompts))
+    assert all(row["strict"] and row["loose"] and row["quality"] > 0.9 for row in found)
+
+
 # Runs
 
 def test_a_result_has_every_number_and_row(result):
@@ -56,6 +71,9 @@ def test_a_result_has_every_number_and_row(result):
     assert set(data["all"]) == {*shapes.KINDS, "overall"} and len(data["rows"]) == 120
     assert [row["seed"] for row in data["rows"]] == list(range(120))
     assert set(data["all"]["single"]) >= {"mean", "low", "high", "n"} and data["frechet"]["drawn"] == 100
+    means = {name: np.mean([np.mean([row[of] for row in data["rows"] if row["kind"] == kind]) for kind in shapes.KINDS])
+             for name, of in (("all", "strict"), ("quality", "quality"), ("loose", "loose"))}
+    assert all(data[name]["overall"]["mean"] == pytest.approx(mean) for name, mean in means.items())
     assert data["frechet"]["distance"] > data["frechet"]["floor"] > 0
     assert -1 <= data["clip_score"]["mean"] <= 1 and data["seconds_per_image"] > 0 and data["peak_memory_gb"] > 0
     assert not list(result.parent.glob(".one.json*"))                  # the parts are gone
@@ -68,8 +86,8 @@ def test_a_stopped_run_goes_on_where_it_was(bench, command):
     assert command(main, *first)[0] == 0
     part, made = bench.with_name(".again.json part 0 of 1.json"), json.loads(bench.with_name("again.json").read_text())
     made_with = {name: made[name] for name in ("model", "dtype", "PyTorch", "lab", "bench", "seed", "settings")}
-    kept = [{"k": k, "seed": k, "seconds": 1.0, "loose": True, "strict": True, "clip": 0.5, "features": []}
-            for k in range(4)]
+    kept = [{"k": k, "seed": k, "seconds": 1.0, "strict": True, "loose": True, "quality": 1.0, "clip": 0.5,
+             "features": []} for k in range(4)]
     part.write_text(json.dumps({"made with": made_with, "rows": kept}))
     assert command(main, *first)[0] == 0
     rows = json.loads(bench.with_name("again.json").read_text())["rows"]
@@ -88,12 +106,12 @@ def test_two_processes_share_the_work_and_find_the_same(bench, command):
 def test_compare_gives_paired_differences(result, command):
     other = json.loads(result.read_text())
     for row in other["rows"]:
-        row["loose"] = row["kind"] == "colors"
+        row["strict"] = row["kind"] == "colors"
     result.with_name("other.json").write_text(json.dumps(other))
     code, out, _ = command(main, "--compare", result, result.with_name("other.json"))
-    assert code == 0 and "overall" in out and "clip score" in out
+    assert code == 0 and all(name in out for name in ("overall", "quality", "clip score"))
     same = command(main, "--compare", result, result)[1]
-    assert all(line.split()[1] == "0.000" for line in same.splitlines()[1:7])
+    assert all(line.split()[1] == "0.000" for line in same.splitlines()[1:9])
 
 
 @pytest.mark.parametrize("flags, text", [

@@ -163,7 +163,7 @@ def test_a_small_run_writes_every_figure_and_measures_what_isnt_there_yet(tmp_pa
     table = [arm for arm in arms("tiny", None) if arm.name in ("base", "preset v2")]
     freeu_study.measure(sd, results, table, settings, n=6, seed=0)
     first = json.loads(path.read_text())
-    assert first["figures"] == figures and len(first["measure"]["preset v2"]["loose"]) == 6
+    assert first["figures"] == figures and len(first["measure"]["preset v2"]["strict"]) == 6
     freeu_study.measure(None, results, table, settings, n=6, seed=0)  # kept: needs no model
     assert json.loads(path.read_text()) == first
     freeu_study.tune(sd, results, settings, candidates=3, n=2, seed=0)

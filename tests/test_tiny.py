@@ -6,17 +6,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from folder import TINY
 from lab import shapes
 from lab.evaluate import evaluate, read_rows, to_bytes
+from lab.train_tiny import Muon, draw_curve, orthogonal, train_unet
 from reward import load_reward
 from stable_diffusion import StableDiffusion
+from train import Training
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED = 0.85                # by that test, when the weights were committed
+MEASURED = 0.68                # by that test, strictly, with the committed weights
 
 
 def test_the_whole_model_folder_is_at_most_20_megabytes():
@@ -72,19 +75,68 @@ def test_the_autoencoder_keeps_what_the_scorer_reads():
     assert 0.8 < latents.std() < 1.2                                           # what the U-Net was trained on
 
 
-def test_training_runs_on_two_processes_stops_resumes_and_writes_a_model_that_loads(tmp_path):
-    def run(side_steps: int) -> dict:
+def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp_path):
+    def run(*flags: str) -> dict:
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                         "-m", "lab.train_tiny", "--out", tmp_path / "model", "--work", tmp_path / "work",
                         "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--clip-neat-steps", "2",
-                        "--clip-side-steps", "2", "--steps", "2", "--side-steps", str(side_steps),
-                        "--batch", "4", "--scenes", "16", "--score-n", "0"],
+                        "--clip-side-steps", "2", "--steps", "2", "--batch", "4", "--scenes", "16",
+                        "--score-n", "1", "--score-every", "2", *flags],
                        check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return json.loads((tmp_path / "model" / "training.json").read_text())
-    assert run(0)["steps"] == 2
-    before = (tmp_path / "model" / "unet.safetensors").read_bytes()
-    facts = run(2)
-    assert facts["steps"] == 4 and facts["samples"] == 4 * 4 * 2
-    assert (tmp_path / "model" / "unet.safetensors").read_bytes() != before
+    facts = run()
+    assert (facts["steps"], facts["fell"], facts["samples"]) == (3, 2, 3 * 4 * 2)      # half as many at a falling rate
+    assert [samples for samples, *_ in facts["scores"]] == [2 * 4 * 2] and facts["minutes"].keys() >= {"vae", "clip"}
+    assert 0 <= facts["scores"][0][2]["quality"] <= 1
     assert load_reward(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
     assert StableDiffusion.load(tmp_path / "model").sample("a red circle", steps=1).shape == (1, 4, 16, 16)
+    draw_curve(facts, tmp_path / "curve.png")
+    vae = (tmp_path / "model" / "vae.safetensors").read_bytes()
+    facts = run("--parts", tmp_path / "model", "--work", tmp_path / "other")           # autoencoder and CLIP stay
+    assert facts["minutes"].keys() == {"unet"} and (tmp_path / "model" / "vae.safetensors").read_bytes() == vae
+
+
+@pytest.mark.parametrize("steps, fell", [(4, 4), (6, 6), (1, 2)])
+def test_a_stopped_training_goes_on_for_as_many_steps_as_one_wants(tmp_path, steps, fell):
+    sd, clip, rng = StableDiffusion.load(TINY), load_reward(TINY / "clip"), np.random.default_rng(0)
+    scenes = [shapes.random_scene(rng, split="train") for _ in range(8)]
+    seen = []
+
+    def train(steps: int, last: int = 99) -> None:
+        def finish(model: torch.nn.Module, run: Training) -> None:
+            seen.append((run.step, run.fell, run.optimizers[1].param_groups[0]["lr"]))
+            if run.step > last:
+                raise KeyboardInterrupt
+        train_unet(sd.vae, clip, scenes, scenes, sd.tokenizer, tmp_path, steps, 2, 0, torch.device("cpu"), 2, finish)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(4, last=2)                                                               # saved last at step 2
+    seen.clear()
+    train(steps)
+    assert seen[-1][:2] == (fell * 3 // 2, fell)
+    train(100)                                                                         # it has ended: no step more
+    assert seen[-1][0] == fell * 3 // 2
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 72), (72, 8)])
+def test_an_orthogonal_update_has_the_same_directions_and_equal_sizes(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    ours = u.mT @ orthogonal(x) @ v.mT
+    assert torch.allclose(ours, ours.diagonal().diag(), atol=1e-6)
+    assert ((ours.diagonal() > 0.5) & (ours.diagonal() < 1.3))[s > 0.05 * s[0]].all()
+
+
+def test_muon_learns_what_a_matrix_is():
+    torch.manual_seed(0)
+    layer, target = torch.nn.Conv2d(4, 8, 3, bias=False), torch.nn.Conv2d(4, 8, 3, bias=False)
+    muon, losses = Muon([layer.weight]), []
+    for _ in range(100):
+        x = torch.randn(16, 4, 5, 5)
+        loss = (layer(x) - target(x)).square().mean()
+        muon.zero_grad()
+        loss.backward()
+        muon.param_groups[0]["lr"] = 0.02
+        muon.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]

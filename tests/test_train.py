@@ -120,7 +120,7 @@ def test_a_training_that_diverges_ends_in_one_clear_line_and_keeps_the_last_good
     if what == "loss":
         sd.unet.conv_out.weight[0, 0, 0, 0] = math.nan
     else:
-        run.optimizer.param_groups[0]["lr"] = math.inf
+        run.optimizers[0].param_groups[0]["lr"] = math.inf
     with pytest.raises(InputError, match=f"the {what} became infinite or NaN: lower --lr"):
         train_denoiser(sd, run, fixed_batches(), steps=2)
     kept = Training(StaticMasks(sd.unet), tmp_path / "c.pt", lr=1e-2)
