@@ -260,7 +260,7 @@ class Shrunk:
 
 def shifted_windows(attention: Attention, x: Tensor, grid: tuple[int, int], quarters: Tensor,
                     on: Techniques = OFF) -> Tensor:
-    """Attention in 2 x 2 windows of the map, shifted by so many quarters of a window per row. (B, N, C) -> (B, N, C)"""
+    """Attention in 2 x 2 windows of the map, shifted by quarters of a window, per row. (B, N, C) -> (B, N, C)"""
     height, width = even = [side + side % 2 for side in grid]
     if even != list(grid):
         x = resample(x, grid, even)

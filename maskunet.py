@@ -423,7 +423,7 @@ class MaskSearch:
         --reward. As published: IMAGEREWARD_FOLDER:HPS_FOLDER.
     iterations: updates per step (the paper's lambda, 15 if none); the solver takes the pass after the last one. 0: no
         search.
-    schedule: "paper", so many at every step; "released": none at the first seven steps, 9 from then on (1 and 10
+    schedule: "paper", the same number at every step; "released": none at the first seven steps, then 9 (1 and 10
         iterations in its code, which uses the pass before the last update); iterations then stays none, or 0.
     keep: "last", the mask after the last update, as published; "best", the one of all passes with the highest score.
     lr: of AdamW.

@@ -81,10 +81,10 @@ def distributed(module: nn.Module) -> nn.Module:
 class Training:
     """A training run: module, optimisers, progress and log. It is kept in the file `path` and goes on from there.
 
-    memory: also keep the moving average of all weights, over about a tenth of the steps and at most so many.
+    memory: also keep the moving average of all weights, over about a tenth of the steps and at most this many.
     clip: the largest norm of the gradient. facts: what the run depends on.
-    optimizers: in place of AdamW with lr and weight_decay. A parameter group with a "factor" has so many times the rate
-        that `update` is given.
+    optimizers: in place of AdamW with lr and weight_decay. A parameter group with a "factor" has this multiple of the
+        rate that `update` is given.
     InputError where the file belongs to another module or other facts.
     """
     KEPT = ("average", "step", "seconds", "curve", "scores", "fell")   # with the states of module and optimisers

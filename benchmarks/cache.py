@@ -61,7 +61,7 @@ def schedules_of(steps: int, config: UNetConfig, only: list[str] | None = None) 
 
 
 def fits(settings: Settings, config: UNetConfig, steps: int) -> bool:
-    """Whether a run of so many steps can have this schedule."""
+    """Whether a run of this number of steps can have this schedule."""
     try:
         for technique in settings.values():
             technique.check(config, steps)
@@ -263,7 +263,7 @@ def kept_bytes(run: Run) -> int:
 
 
 def parallel(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A key step and the steps after it: each alone, and with so many decoded in one batch; memory from shapes alone.
+    """A key step and the steps after it: each alone, and several decoded in one batch; memory from shapes alone.
 
     Memory is what tensors take at the peak of the run, beyond weights and what is there before: see `memory.py`.
     """

@@ -308,7 +308,7 @@ def single_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dt
 
 
 def draw_many(sd: StableDiffusion, batch: int, n: int = 16) -> Tensor:
-    """n pictures of mixed prompts, so many at a time, in 10 steps."""
+    """n pictures of mixed prompts, `batch` at a time, in 10 steps."""
     prompts = mixed_prompts(n, seed=40_000)
     return torch.cat([sd.decode(sd.sample(prompts[k:k + batch], steps=10, seed=k)) for k in range(0, n, batch)])
 
@@ -577,7 +577,7 @@ def insert(text: str, new: str, mark: str = "speed") -> str:
     """The text with what stands between `<!-- speed -->` and `<!-- /speed -->` replaced; InputError without them."""
     start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     if start not in text or end not in text:
-        raise InputError(f"the file of --table needs a line {start.strip()} and behind it one {end}")
+        raise InputError(f"the file of --table needs a line {start.strip()} and after it one {end}")
     return text[:text.index(start) + len(start)] + new + "\n" + text[text.index(end):]
 
 

@@ -618,7 +618,7 @@ def clutter(small: np.ndarray, regions: list[Region]) -> float:
 
 
 def _grow(regions: list[Region], size: tuple[int, int], pixels: int) -> np.ndarray:
-    """(h, w) bool: the pixels of all regions, and those at most so many steps away."""
+    """(h, w) bool: the pixels of all regions, and those within this distance, in steps."""
     grown = np.zeros(size, bool)
     for region in regions:
         grown |= region.mask

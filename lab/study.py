@@ -272,7 +272,7 @@ def sheet(rows: Iterable[tuple[str, Sequence[Any]]], path: Path, columns: Sequen
 
 
 def text_image(text: str, width: int = 132) -> Image.Image:
-    """The text in lines of about so many pixels; without any, a picture of no size."""
+    """The text in lines of about this width in pixels; an empty text gives a picture of no size."""
     if not text:
         return Image.new("RGB", (0, 0))
     lines = "\n".join(textwrap.fill(line, width // 6) for line in text.splitlines())
@@ -283,7 +283,7 @@ def text_image(text: str, width: int = 132) -> Image.Image:
 
 
 def framed(picture: Any, side: int, color: str) -> Image.Image:
-    """A picture whose longer side is scaled to so many pixels, in a frame of this colour."""
+    """A picture whose longer side is scaled to `side` pixels, in a frame of this colour."""
     if isinstance(picture, Tensor):
         picture = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     scale = side / max(picture.shape[:2])
