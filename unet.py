@@ -45,7 +45,7 @@ CONFIGS = {
     "sd21": UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_proj=True, upcast_attention=True),
     "sdxl": UNetConfig(channels=(320, 640, 1280), depth=(0, 2, 10), mid_depth=10, heads=(5, 10, 20), context_dim=2048,
                        linear_proj=True, add_dim=2816),
-    "tiny": UNetConfig(channels=(32, 64, 96, 96), heads=(1, 2, 3, 3), context_dim=128, groups=8),
+    "tiny": UNetConfig(channels=(24, 48, 96, 96), heads=(2, 4, 4, 4), context_dim=128, groups=8),
 }
 
 

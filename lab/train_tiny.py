@@ -49,7 +49,7 @@ SIZE = 64                                                              # native 
 VAE_CONFIG = VAEConfig(channels=(16, 32, 64), layers=1, groups=8, scaling=1.0)   # 64 px -> 16x16 latents
 TEXT_CONFIG = clip_text.CONFIGS["tiny"]
 CLIP_CONFIGS = replace(TEXT_CONFIG, projection=64), reward.CONFIGS["tiny"]
-UNET_CONFIG = CONFIGS["tiny"]
+UNET_CONFIG = replace(CONFIGS["tiny"], heads=(1, 2, 4, 4))            # widths in SD's proportions; equally wide heads
 MIX = {"single": 0.10, "two": 0.16, "counting": 0.32, "colors": 0.10, "position": 0.18, "color_attr": 0.14}
 NUMBERS = 2, 3, 4, 4                                                   # objects that are counted: four as often as both
 COLORED = 0.5                                                          # the share of captions that name colours
