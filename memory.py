@@ -10,7 +10,7 @@ without such kernels form it, heads x N x N numbers per row, and there the plan 
 """
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,9 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
         added = torch.empty(images, config.unet.add_dim, dtype=dtype, device="meta") if config.unet.add_dim else None
         said, noise = Condition(context, added), latents(*size)
         generators = [torch.Generator().manual_seed(0) for _ in range(images)]
-        next(generate(unet, noise, said, said if guided else None, plan("ddim", 1), 7.5, noise if number else None,
-                      generators=generators, low_memory=low_memory,
-                      **techniques | ({"freescale": freescale} if number else {})))
+        both = guided and not low_memory                               # branches in turn are alike: one is measured
+        next(generate(unet, noise, said, said if both else None, plan("ddim", 1), 7.5, noise if number else None,
+                      generators=generators, **techniques | ({"freescale": freescale} if number else {})))
 
     def code(size: tuple[int, int], number: int) -> None:
         if number and freescale.upsample == "rgb":
@@ -138,6 +138,7 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
     for number, size in enumerate(freescale.resolutions):
         if stages is None or number in stages:
             step, coding = measure(lambda: call(size, number), unet), measure(lambda: code(size, number), vae)  # noqa: B023
+            step = replace(step, flops=2 * step.flops) if guided and low_memory else step
             beside = weight_bytes(unet, vae) if low_memory else resident
             plans.append(StagePlan(*size, step, coding, max(resident + step.peak, beside + coding.peak)))
     return plans
