@@ -90,10 +90,16 @@ def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp
     assert 0 <= facts["scores"][0][2]["quality"] <= 1
     assert load_reward(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
     assert StableDiffusion.load(tmp_path / "model").sample("a red circle", steps=1).shape == (1, 4, 16, 16)
-    draw_curve(facts, tmp_path / "curve.png")
     vae = (tmp_path / "model" / "vae.safetensors").read_bytes()
     facts = run("--parts", tmp_path / "model", "--work", tmp_path / "other")           # autoencoder and CLIP stay
     assert facts["minutes"].keys() == {"unet"} and (tmp_path / "model" / "vae.safetensors").read_bytes() == vae
+
+
+def test_the_score_is_drawn_against_the_samples(tmp_path):
+    pytest.importorskip("matplotlib", reason="the curve needs matplotlib (requirements-dev.txt)")
+    shares = {"overall": 0.5, "seen": 0.6, "unseen": 0.4}
+    draw_curve({"scores": [[64, 0.1, shares], [128, 0.2, shares]]}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("steps, fell", [(4, 4), (6, 6), (1, 2)])
