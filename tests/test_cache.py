@@ -25,7 +25,7 @@ with torch.device("meta"):                               # the real ones: shapes
 
 
 def given(batch: int = 2, config: UNetConfig = NARROW, exact: bool = False) -> tuple[Tensor, Condition, Condition]:
-    """Noise, texts and negative texts of so many images."""
+    """Noise, texts and negative texts of `batch` images."""
     noise, text, other = (randn(3, *shape, seed=k)[:batch] for k, shape in enumerate(((4, 8, 8), (5, 8), (5, 8))))
     added = randn(3, config.add_dim, seed=3)[:batch] if config.add_dim else None
     if exact:

@@ -674,7 +674,7 @@ def test_tokenizer_json_gives_the_same_tokenizer_as_its_parts(tmp_path):
 
 
 def test_openai_file_implies_the_vocabulary(tmp_path):
-    """With 48,894 made-up merges in place of the real ones, and more behind them, as in the published file."""
+    """With 48,894 made-up merges in place of the real ones, and more after them, as in the published file."""
     letters = [token for token, i in vocabulary().items() if i < 256]
     merges = [f"{a} {b}{end}" for end in ("", "</w>") for a in letters for b in letters]
     path = tmp_path / "bpe.txt.gz"
