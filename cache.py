@@ -192,8 +192,8 @@ class FasterDiffusion:
             if getattr(self, name) and not self.parallel:
                 raise ValueError(f"Faster Diffusion's {name} does nothing without parallel")
 
-    def check(self, config: UNetConfig, steps: int) -> None:
-        """ValueError for settings that don't fit this U-Net or this number of steps; likewise below."""
+    def check(self, config: UNetConfig, steps: int, guided: bool = True) -> None:
+        """ValueError for settings that don't fit this U-Net, these steps or, by guided, a run without guidance."""
         key_steps(self.keys, steps)
 
     def start(self, run: Any) -> Features:
@@ -241,7 +241,7 @@ class DeepCache:
             raise ValueError(f"DeepCache's center {self.center} is not between the first and the last of {steps} steps")
         return nonuniform_keys(steps, math.ceil(steps / self.interval), self.center, self.power, self.schedule)
 
-    def check(self, config: UNetConfig, steps: int) -> None:
+    def check(self, config: UNetConfig, steps: int, guided: bool = True) -> None:
         n = len(config.channels) * (config.layers + 1)
         if self.branch >= n:
             raise ValueError(f"DeepCache's branch {self.branch} is too large: this U-Net has 0 to {n - 1}")
@@ -268,7 +268,7 @@ class Inherit:
         object.__setattr__(self, "units", self.units.replace(" ", "").replace(",", ":"))
         check_keys(self.keys)
 
-    def check(self, config: UNetConfig, steps: int) -> None:
+    def check(self, config: UNetConfig, steps: int, guided: bool = True) -> None:
         unit_numbers(self.units, len(config.channels) * (config.layers + 1))
         key_steps(self.keys, steps)
 
@@ -391,7 +391,7 @@ class TGate:
         if self.text == "compute" and self.guidance == "keep":
             raise ValueError("T-GATE with the text computed and guidance kept does nothing: change one of them")
 
-    def check(self, config: UNetConfig, steps: int) -> None:
+    def check(self, config: UNetConfig, steps: int, guided: bool = True) -> None:
         if self.step >= steps:
             raise ValueError(f"T-GATE's step {self.step} is beyond the last of {steps} steps ({steps - 1})")
 

@@ -281,7 +281,7 @@ class MaskFile:
     def __post_init__(self) -> None:
         check_mode(self)
 
-    def check(self, config: Any, steps: int) -> None:
+    def check(self, config: Any, steps: int, guided: bool = True) -> None:
         """InputError where there is no such file."""
         if not self.file.is_file():
             raise InputError(f"there is no file {self.file}; make one: python train.py masks")

@@ -228,7 +228,7 @@ def bind_techniques(args: argparse.Namespace, config: ModelConfig, height: int, 
             if name in ("freeu", "highres"):
                 techniques[name] = settings.bind(unloaded)
             if hasattr(settings, "check"):
-                settings.check(config.unet, args.steps)
+                settings.check(config.unet, args.steps, guided=args.cfg_scale != 1)
         if args.freescale is not None:
             techniques["freescale"] = args.freescale.fit(native, height, width)
             check_size(*techniques["freescale"].resolutions[-1])
