@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 TOGETHER = 64 * 64     # latent pixels decoded in one batch: those of one 512x512 image, to bound the memory
-WHOLE = 128 * 128      # larger latents are decoded in tiles by default (this many pixels: SDXL's 1024x1024)
+WHOLE = 128 * 128      # by default, latents with more pixels are coded in tiles; SDXL's 1024x1024 image has this many
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class VAEConfig:
     layers: int = 2                                    # ResBlocks per encoder level (the decoder has one more)
     latent_channels: int = 4
     groups: int = 32                                   # number of groups in each GroupNorm
-    scaling: float = 0.18215                           # VAE latents times this are the U-Net's: about unit variance
+    scaling: float = 0.18215                           # the U-Net's latents, of about unit variance: VAE latents * this
     force_upcast: bool = False                         # SDXL: activations overflow float16; use float32 or bfloat16
 
     @property
@@ -37,9 +37,9 @@ Known = dict[nn.Module, tuple[Tensor, Tensor]]     # mean and variance of each G
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that can use the statistics of another picture. (B, C, H, W) -> (B, C, H, W)
+    """GroupNorm that can use the statistics of another image. (B, C, H, W) -> (B, C, H, W)
 
-    known: a dict of statistics, filled by the first call and used by later ones; None: x is normalised by its own.
+    known: a dict of statistics, filled by the first call and used by later calls. None: x is normalised by its own.
     """
 
     def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])   # a list because checkpoints say "to_out.0"
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])   # a list: checkpoints name it "to_out.0"
 
     def forward(self, x: Tensor, known: Known | None = None) -> Tensor:
         tokens = self.group_norm(x, known).flatten(2).transpose(1, 2)         # (B, h*w, C)
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the image. Pads right and bottom only: SD's asymmetric padding, which the weights are trained with."""
+    """Halves the image. Pads right and bottom only, as the published weights were trained."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -197,70 +197,67 @@ class VAE(nn.Module):
     def encode(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, latent channels, h, w), unscaled.
 
-        H and W are multiples of `config.factor`. tile: side of a tile in latent pixels (at least 8), or None to
-        encode the image in one piece. Tiles bound the memory, as in `decode`.
+        H and W are multiples of `config.factor`. tile: as in `decode`.
         """
-        factor, c, x = self.config.factor, self.config.latent_channels, x.to(self.quant_conv.weight.dtype)
+        factor, x = self.config.factor, x.to(self.quant_conv.weight.dtype)
         if x.shape[-2] % factor or x.shape[-1] % factor:
             raise ValueError(f"image size {x.shape[-1]}x{x.shape[-2]} is not a multiple of {factor}: crop or resize it")
-        size, known = (x.shape[-2] // factor, x.shape[-1] // factor), {}
-        if tile is None or 8 <= tile >= max(size):
-            moments = self.quant_conv(self.encoder(x))
-        else:
-            moments = x.new_empty(x.shape[0], 2 * c, *size)
-            self.encoder(thumbnail(x, size, tile, factor), known)
-            blend_tiles(moments, size, tile, 1, lambda top, bottom, left, right: self.quant_conv(self.encoder(
-                x[:, :, top * factor:bottom * factor, left * factor:right * factor], known)))
+        moments = in_tiles(lambda x, known=None: self.quant_conv(self.encoder(x, known)), x, tile, factor, 1,
+                           2 * self.config.latent_channels)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """Unscaled latents (B, latent channels, h, w) -> images (B, 3, H, W), nominally in [-1, 1].
 
-        tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles overlap by a quarter
-        and are blended linearly; apart from the result, memory doesn't grow with the image. GroupNorm uses the
-        statistics of a thumbnail of the whole image: with a tile's own, tiles would differ in contrast. Self-attention
-        sees one tile only, so the result differs slightly from decoding in one piece. If gradients flow back to z,
-        every tile is computed twice, so that only one tile's activations are in memory.
+        tile: side of a tile in latent pixels (at least 8), or None to decode in one piece. Tiles bound the memory: see
+        `in_tiles`.
         """
-        z, known = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)), {}
-        size, factor = z.shape[-2:], self.config.factor
-        if tile is None or 8 <= tile >= max(size):
-            return self.decoder(z)
-        image = z.new_empty(z.shape[0], 3, size[0] * factor, size[1] * factor)
-        self.decoder(thumbnail(z, size, tile, 1), known)
-
-        def compute(top: int, bottom: int, left: int, right: int) -> Tensor:
-            part = z[:, :, top:bottom, left:right]
-            if torch.is_grad_enabled() and z.requires_grad:
-                return checkpoint(self.decoder, part, known, use_reentrant=False, preserve_rng_state=False)
-            return self.decoder(part, known)
-        return blend_tiles(image, size, tile, factor, compute)
+        z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
+        return in_tiles(self.decoder, z, tile, 1, self.config.factor, 3)
 
 
 def tile_side(tile: int | None, latents: Tensor) -> int | None:
-    """The VAE's `tile` argument: `tile` if given (0 means no tiles), otherwise chosen by the size of the latents."""
+    """The VAE's `tile` argument: the given `tile` (0 means no tiles), or for None a choice by the latents' size."""
     return (64 if latents.shape[-2] * latents.shape[-1] > WHOLE else None) if tile is None else tile or None
 
 
 def together(latents: Tensor) -> tuple[Tensor, ...]:
-    """Split a batch of latents into smaller batches for the decoder: several small latents each, or one large one."""
+    """Split a batch of latents into batches for the decoder, of at most TOGETHER pixels or of one latent."""
     return latents.split(max(TOGETHER // (latents.shape[-2] * latents.shape[-1]), 1))
 
 
-def thumbnail(x: Tensor, size: tuple[int, int], tile: int, scale: int) -> Tensor:
-    """Shrink x, of size (h, w) times scale, to a tile's size. Picking nearest pixels keeps its mean and variance."""
+def in_tiles(coder: Callable[..., Tensor], x: Tensor, tile: int | None, before: int, after: int,
+             channels: int) -> Tensor:
+    """coder(x); in tiles if tile is below the longer side of x in latent pixels.
+
+    Per latent pixel and axis, x has `before` pixels and the result `after`; the result has `channels` channels. Tiles
+    overlap and are blended linearly, see `tile_weights`. Apart from the result, memory does not grow with x. Every GroupNorm uses the statistics of a thumbnail of x, because tiles with statistics of their own differ in
+    contrast. Self-attention sees one tile only, so the result differs slightly from coding in one piece. If gradients
+    flow back to x, every tile is computed twice, so that only one tile's activations are in memory.
+    """
+    height, width = size = x.shape[-2] // before, x.shape[-1] // before
+    if tile is None or 8 <= tile >= max(size):
+        return coder(x)
     if tile < 8:
         raise ValueError(f"a tile of {tile} latent pixels is too small: use 8 or more (64 is usual)")
-    small = [max(round(side * tile / max(size)), 1) * scale for side in size]
-    return F.interpolate(x, small, mode="nearest-exact")
+    out, known = x.new_zeros(len(x), channels, height * after, width * after), {}
+    small = [max(round(side * tile / max(size)), 1) * before for side in size]
+    coder(F.interpolate(x, small, mode="nearest-exact"), known)        # nearest pixels keep the mean and the variance
+    for top, bottom, wy in tile_weights(height, tile, after):
+        for left, right, wx in tile_weights(width, tile, after):
+            part = x[:, :, top * before:bottom * before, left * before:right * before]
+            made = checkpoint(coder, part, known, use_reentrant=False, preserve_rng_state=False) \
+                if torch.is_grad_enabled() and x.requires_grad else coder(part, known)
+            out[:, :, top * after:bottom * after, left * after:right * after] += made * (wy[:, None] * wx).to(out)
+    return out
 
 
 def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tensor]]:
     """Cover 0..size with tiles: (start, end, blending weight of each of the tile's `scale * (end - start)` pixels).
 
-    Neighbours overlap by at least a quarter of a tile. A tile's weights fall linearly in its first and last quarter.
-    Then each weight is divided by the sum of all tiles' weights at its pixel, so that they add up to 1 everywhere.
+    Neighbouring tiles overlap by at least a quarter. A tile's weights rise linearly over its first quarter and fall
+    over its last one; at each pixel they are then divided by the sum of all tiles' weights, so that they add up to 1.
     """
     tile = min(tile, size)
     count = 1 + -(-(size - tile) // (tile - tile // 4))
@@ -271,15 +268,3 @@ def tile_weights(size: int, tile: int, scale: int) -> list[tuple[int, int, Tenso
     for start in starts:
         total[start * scale:(start + tile) * scale] += ramp
     return [(start, start + tile, ramp / total[start * scale:(start + tile) * scale]) for start in starts]
-
-
-def blend_tiles(out: Tensor, size: tuple[int, int], tile: int, scale: int,
-                compute: Callable[[int, int, int, int], Tensor]) -> Tensor:
-    """Fill `out` with the weighted sum of tiles. compute(top, bottom, left, right), in latent pixels, makes a tile."""
-    out.zero_()
-    for top, bottom, wy in tile_weights(size[0], tile, scale):
-        for left, right, wx in tile_weights(size[1], tile, scale):
-            weight = (wy[:, None] * wx).to(out)
-            area = out[:, :, top * scale:bottom * scale, left * scale:right * scale]
-            area += compute(top, bottom, left, right) * weight
-    return out
