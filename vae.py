@@ -232,9 +232,10 @@ def in_tiles(coder: Callable[..., Tensor], x: Tensor, tile: int | None, before: 
     """coder(x); in tiles if tile is below the longer side of x in latent pixels.
 
     Per latent pixel and axis, x has `before` pixels and the result `after`; the result has `channels` channels. Tiles
-    overlap and are blended linearly, see `tile_weights`. Apart from the result, memory does not grow with x. Every GroupNorm uses the statistics of a thumbnail of x, because tiles with statistics of their own differ in
-    contrast. Self-attention sees one tile only, so the result differs slightly from coding in one piece. If gradients
-    flow back to x, every tile is computed twice, so that only one tile's activations are in memory.
+    overlap and are blended linearly, see `tile_weights`. Apart from the result, memory does not grow with x. Every
+    GroupNorm uses the statistics of a thumbnail of x, because tiles with statistics of their own differ in contrast.
+    Self-attention sees one tile only, so the result differs slightly from coding in one piece. If gradients flow back
+    to x, every tile is computed twice, so that only one tile's activations are in memory.
     """
     height, width = size = x.shape[-2] // before, x.shape[-1] // before
     if tile is None or 8 <= tile >= max(size):
