@@ -32,10 +32,13 @@ class NoiseSchedule:
     steps_offset: int = 1              # added to "leading" times
     set_alpha_to_one: bool = False     # DDIM's last step ends at alpha = 1, or (False) at the smallest trained noise
     spacing: str | None = None         # "leading", "linspace" or "trailing"; None: each sampler's own default
+    betas: str = "scaled_linear"       # their square roots are evenly spaced, or ("linear") they themselves
 
     def alphas(self) -> Tensor:
-        """alpha-bar of every training timestep, (train_steps,) float32: square roots of the betas are evenly spaced."""
-        betas = torch.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, self.train_steps, dtype=torch.float32) ** 2
+        """alpha-bar of every training timestep, (train_steps,) float32."""
+        power = 0.5 if self.betas == "scaled_linear" else 1
+        betas = torch.linspace(self.beta_start ** power, self.beta_end ** power, self.train_steps, dtype=torch.float32)
+        betas = betas ** 2 if self.betas == "scaled_linear" else betas
         return torch.cumprod(1 - betas, dim=0)
 
 
