@@ -6,7 +6,11 @@ that a stopped command leaves no broken file.
 import argparse
 import contextlib
 import ctypes
+import functools
+import glob
 import os
+import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +21,7 @@ import torch
 
 UMASK = os.umask(0)                              # the only way to read it is to set it
 os.umask(UMASK)
+HOST = platform.node()[:20]                      # several can share a folder
 OUT_OF_MEMORY = ("out of memory: try --dtype bfloat16 (or float16 on a GPU), a smaller --width and --height, "
                  "--batch-size 1, --low-memory, or --vae-tile 64")
 
@@ -110,13 +115,45 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path` to write to. It becomes `path` only if the block ends without an error."""
-    part = path.with_name(f".{os.getpid()}.{path.name[-40:]}.part")    # file systems limit the length of names
+    """A temporary name next to `path`, for a file or a folder. It becomes `path` if the block ends without an error."""
+    remove_leftovers(path.parent)
+    part = path.with_name(f".{HOST}.{os.getpid()}.{path.name[-40:]}.part")   # file systems limit the length of names
     try:
         yield part
-        part.chmod(0o666 & ~UMASK)               # safetensors makes its files readable by their owner only
+        if part.is_file():
+            part.chmod(0o666 & ~UMASK)           # safetensors makes its files readable by their owner only
+        elif path.is_dir():
+            path.rmdir()                         # it is empty; some systems can't rename onto a folder
         part.replace(path)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}); choose another place") from None
     finally:
+        remove(part)
+
+
+def remove(part: Path) -> None:
+    """Delete a file or a folder, if it is there and can be deleted."""
+    shutil.rmtree(part, ignore_errors=True)      # leaves files alone
+    with contextlib.suppress(OSError):
         part.unlink(missing_ok=True)
+
+
+@functools.cache                                 # once per folder and process
+def remove_leftovers(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when its process was killed: those that no longer run on this host."""
+    for part in folder.glob(f".{glob.escape(HOST)}.*.part"):
+        pid = part.name.removeprefix(f".{HOST}.").partition(".")[0]
+        if pid.isdecimal() and has_ended(int(pid)):
+            remove(part)
+
+
+def has_ended(pid: int) -> bool:
+    """Is there no process of this number? On Windows, where asking would stop it, always False."""
+    try:
+        if os.name == "posix":
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):             # another user's, or no number of a process
+        pass
+    return False

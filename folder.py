@@ -1,14 +1,16 @@
 """The model folder: `convert_weights.py` and `lab/train_tiny.py` write it, `txt2img.py` loads it.
 
-config.json                 family, prediction, schedule, native size, and the config of every component
+config.json                 family, prediction, schedule, size, the configs of all components, digests of the files
 unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
 
-Start at `read_config` and `load_weights`. Reading is strict: anything missing, unknown or of a wrong shape raises
-InputError. The same functions read the folder of a reward model (`reward.py`).
+Start at `read_config` and `load_weights`. Reading is strict: anything missing, unknown, out of range or of a wrong
+shape raises InputError. `verify` compares the files with their digests. The same functions read the folder of a reward
+model (`reward.py`).
 """
+import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -20,12 +22,28 @@ from torch.overrides import TorchFunctionMode
 from checkpoint import check_names, nearest, open_safetensors
 from clip_text import TextConfig, Tokenizer
 from command import InputError, replacing
-from sampler import NoiseSchedule
+from sampler import SAMPLERS, NoiseSchedule
 from unet import UNetConfig
 from vae import VAEConfig
 
 FAMILIES = ("sd15", "sd21", "sdxl", "tiny")
 TINY = Path(__file__).resolve().parent / "models" / "tiny"      # the embedded model
+
+# The legal values of the configs' fields, by name: words, or the range of a number (of each, where there are several).
+WORDS = {"family": FAMILIES, "prediction": ("epsilon", "v"), "betas": ("scaled_linear", "linear"),
+         "spacing": (None, "leading", "linspace", "trailing"), "activation": ("quick_gelu", "gelu"),
+         "output": ("final", "penultimate"), "sampler": (None, *SAMPLERS)}
+RANGES = {
+    "train_steps": (1, 100_000), "steps_offset": (0, 999), "beta_start": (1e-9, 0.999), "beta_end": (1e-9, 0.999),
+    **dict.fromkeys(("size", "width", "text_width", "hidden", "text_hidden", "channels", "context_dim", "projection",
+                     "add_time_dim", "head"), (1, 65536)),
+    **dict.fromkeys(("in_channels", "latent_channels", "layers", "text_layers"), (1, 64)),
+    **dict.fromkeys(("heads", "text_heads", "groups", "patch"), (1, 1024)), "add_dim": (0, 65536),
+    "depth": (0, 32), "mid_depth": (0, 32), "vocab": (3, 1 << 24), "pad": (0, 1 << 24), "length": (3, 65536),
+    "positions": (1, 65536), "scaling": (1e-6, 1e6), "mean": (-1e3, 1e3), "std": (1e-6, 1e3),
+    "score_mean": (-1e6, 1e6), "score_std": (1e-6, 1e6), "cfg_scale": (0, 1000),
+}
+LEVELS = 8                                                      # the most entries that a list may have
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,15 @@ class ModelConfig:
     text_encoder: TextConfig
     text_encoder_2: TextConfig | None = None     # SDXL only
     zero_negative: bool = False                  # SDXL: without a negative prompt (None), use zeros instead of ""
+    sampler: str | None = None                   # used if none is given; None: "ddim"
+    cfg_scale: float | None = None               # likewise; None: 7.5
+    digests: dict[str, str] = field(default_factory=dict, compare=False)       # by file, see `verify`
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The configurations of the components that this model has."""
+        parts = {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+        return {name: config for name, config in parts.items() if config is not None}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -52,10 +79,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"there is no model folder {folder}; make one: python convert_weights.py SOURCE {folder}")
     if not path.is_file():
         raise InputError(f"{folder} is not a converted model folder (it has no config.json); {convert}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); convert the model again") from None
+    data = read_json(path)
     if not isinstance(data, dict) or "family" not in data:
         raise InputError(f"{path} doesn't describe a converted model; {convert}")
     parts = {"schedule": NoiseSchedule, "unet": UNetConfig, "vae": VAEConfig,
@@ -64,40 +88,65 @@ def read_config(folder: Path) -> ModelConfig:
         if name in data and (name, data[name]) != ("text_encoder_2", None):
             data[name] = from_json(kind, data[name], f"{path}, {name}")
     config = from_json(ModelConfig, data, str(path))
-    texts = [text for text in (config.text_encoder, config.text_encoder_2) if text is not None]
-    for name, part, values in (
-            ("family", config, FAMILIES), ("prediction", config, ("epsilon", "v")),
-            ("spacing", config.schedule, (None, "leading", "linspace", "trailing")),
-            *(("activation", text, ("quick_gelu", "gelu")) for text in texts),
-            *(("output", text, ("final", "penultimate")) for text in texts),
-            ("zero_negative", config, (False, config.text_encoder_2 is not None))):
-        if getattr(part, name) not in values:
-            raise InputError(f"{path}: {name} is {getattr(part, name)!r}, not one of {', '.join(map(str, values))}")
+    if config.zero_negative and config.text_encoder_2 is None:
+        raise InputError(f"{path}: zero_negative is True, but only SDXL's is; convert the model again")
     return config
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); convert the model again") from None
 
 
 def from_json(kind: type, data: Any, where: str) -> Any:
     """A config dataclass from its JSON object. InputError for unknown or missing entries and for wrong types."""
-    names, types = [field.name for field in fields(kind)], {field.name: field.type for field in fields(kind)}
+    names = [entry.name for entry in fields(kind)]
     if not isinstance(data, dict):
         raise InputError(f"{where} is not a JSON object; convert the model again")
     for name in data:
         if name not in names:
             raise InputError(f"{where} has an unknown entry {name!r}{nearest(name, names)}")
-    data = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
-    for name, value in data.items():
-        if not is_of(value, types[name]):
-            raise InputError(f"{where}: {name} can't be {value!r}; convert the model again")
     try:
-        return kind(**data)
+        config = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
     except TypeError as error:
         raise InputError(f"{where} is incomplete ({error}); convert the model again") from None
+    return checked(config, where)
+
+
+def checked(config: Any, where: str, remedy: str = "convert the model again") -> Any:
+    """The config dataclass itself; InputError if an entry has a wrong type or an illegal value. where: its file"""
+    for entry in fields(config):
+        name, value = entry.name, getattr(config, entry.name)
+        if not is_of(value, entry.type):
+            raise InputError(f"{where}: {name} can't be {short(value)}; {remedy}")
+        if name in WORDS and value not in WORDS[name]:
+            raise InputError(f"{where}: {name} is {short(value)}, not one of {', '.join(map(str, WORDS[name]))}; "
+                             f"{remedy}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if name in RANGES and value is not None:
+            low, high = RANGES[name]
+            if not all(low <= number <= high for number in numbers) or not 1 <= len(numbers) <= LEVELS:
+                several = f", 1 to {LEVELS} of them" if isinstance(value, tuple) else ""
+                raise InputError(f"{where}: {name} is {short(value)}, not {low:g} to {high:g}{several}; {remedy}")
+    if isinstance(config, TextConfig) and config.pad >= config.vocab:
+        raise InputError(f"{where}: pad is {config.pad}, but the vocabulary ends at {config.vocab - 1}; {remedy}")
+    return config
+
+
+def short(value: Any) -> str:
+    """A value for a message: long ones are cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def is_of(value: Any, kind: Any) -> bool:
     """Does a value have a config field's type: int, float (ints count too), tuple[int, ...], str | None or the like?"""
     if get_origin(kind) is UnionType:
         return any(is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(is_of(entry, get_args(kind)[1]) for entry in value.values())
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(is_of(entry, get_args(kind)[0]) for entry in value)
     if isinstance(value, bool) or kind is bool:                        # to Python, true is an int
@@ -106,9 +155,46 @@ def is_of(value: Any, kind: Any) -> bool:
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """Write config.json. config: a `ModelConfig`, which `read_config` reads back, or a dict of configs."""
+    """Write config.json, as the folder's last file: it holds the digests of the others.
+
+    config: a `ModelConfig`, which `read_config` reads back, or a dict of configs.
+    """
+    data = json.loads(json.dumps(config, default=asdict))
+    data["digests"] = digests(folder, data)
     with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(config, default=asdict, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def digests(folder: Path, data: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 by file, of the weights, the tokenizer and `data`, the entries of config.json."""
+    def of_json(entries: Any) -> str:                                  # whatever its line ends and spaces
+        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    settings = {name: entry for name, entry in data.items() if name != "digests"}
+    found = {"config.json": of_json(settings)}
+    if (folder / "tokenizer.json").is_file():
+        found["tokenizer.json"] = of_json(read_json(folder / "tokenizer.json"))
+    for path in [folder / f"{part}.safetensors" for part in settings]:
+        if path.is_file():
+            contents = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    contents.update(block)
+            found[path.name] = contents.hexdigest()
+    return found
+
+
+def verify(folder: Path) -> None:
+    """InputError unless the files of a model (and of its CLIP) or of a reward are those that `write_config` found."""
+    for place in [folder, folder / "clip"] if (folder / "clip").is_dir() else [folder]:
+        data = read_json(place / "config.json")
+        stored = data.get("digests") if isinstance(data, dict) else None
+        if not isinstance(stored, dict):
+            raise InputError(f"{place} has no digests, which older versions did not write; convert the model again")
+        now = digests(place, data)
+        for name in sorted(stored.keys() | now.keys()):
+            if stored.get(name) != now.get(name):
+                raise InputError(f"{place / name} is not the file that was written with this model: it is damaged or "
+                                 "was changed; convert the model again")
 
 
 def check_size(height: int, width: int) -> tuple[int, int]:
@@ -134,14 +220,13 @@ class NoStart(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+def build(kind: Callable[[Any], nn.Module], config: Any, remedy: str = "convert the model again") -> nn.Module:
     """A module on the meta device: it has only shapes, until `load_weights` gives it weights."""
     try:
         with torch.device("meta"), NoStart():
             return kind(config)
     except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"no {kind.__name__} can be built from config.json ({error}); "
-                         "convert the model again") from None
+        raise InputError(f"no {kind.__name__} can be built from its configuration ({error}); {remedy}") from None
 
 
 def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

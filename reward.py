@@ -328,7 +328,7 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
         raise InputError(f"{folder} is a file, not a converted reward; convert it first: {command}")
     try:
         entries = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} holds no reward (its config.json can't be read: {error}); make one: "
                          f"{command}") from None
     if "family" in entries:

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from clip_text import TextEncoder, Tokenizer
 from command import InputError
-from folder import ModelConfig, build, check_size, load_tokenizer, load_weights, read_config
+from folder import ModelConfig, build, check_size, load_tokenizer, load_weights, read_config, verify
 from freescale import FreeScale, enlarge
 from reward import add_rewards, load_reward
-from sampler import Condition, draw_noise, generate, plan
+from sampler import Condition, Plan, draw_noise, generate, plan
 from unet import UNet, sinusoid
 from vae import VAE, tile_side, together
 
 KNOWN = 64         # texts whose encodings are kept, see `known`: 15 MB for SD 1.5 and 40 MB for SDXL in float32
+SHAPES = ("; this tiny model knows drawn shapes only, such as 'a red circle left of a blue square': --model takes "
+          "another model, such as your own")
 Prompt = str | list[str] | Tensor | tuple[Tensor, Tensor | None]
 
 
@@ -48,7 +50,7 @@ class StableDiffusion:
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             low_memory: bool = False, compiled: bool = False) -> "StableDiffusion":
+             low_memory: bool = False, compiled: bool = False, verified: bool = False) -> "StableDiffusion":
         """Read a converted model folder, strictly. InputError if anything is missing, damaged or doesn't fit.
 
         low_memory: only the U-Net stays on the device; text encoders and VAE are moved there when they are needed, and
@@ -56,6 +58,7 @@ class StableDiffusion:
         compiled: torch.compile makes a graph of the U-Net in its first call, and another for each new size, batch size
             or set of techniques. That takes minutes for a large model and pays off for many pictures of one kind. With
             parallel Faster Diffusion, the encoder is one graph, and the decoder one for each number of steps per batch.
+        verified: compare all files with the digests in config.json (always done for a tiny model, where it is quick).
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -69,6 +72,8 @@ class StableDiffusion:
         load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
         for name, text in zip(("text_encoder", "text_encoder_2"), texts):
             load_weights(text, folder / f"{name}.safetensors", home, dtype)
+        if verified or config.family == "tiny" and config.digests:
+            verify(folder)
         if compiled:
             # on a CPU the layouts stay as they are: neither the compiler's own nor frozen weights were faster
             kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None
@@ -102,7 +107,9 @@ class StableDiffusion:
         for k, (prompt, words) in enumerate(zip(new, lost)):
             known[prompt] = torch.cat([h[k] for h in hidden], dim=-1), None if pooled is None else pooled[k]
             if words:
-                warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}", stacklevel=2)
+                foreign = any(self.tokenizer.model.token_to_id(word) is None for word in words.lower().split())
+                hint = SHAPES if self.config.family == "tiny" and foreign else ""
+                warnings.warn(f"the model doesn't see these words of {prompt!r}: {words!r}{hint}", stacklevel=2)
         contexts, pools = zip(*(known[prompt] for prompt in prompts))
         while len(known) > KNOWN:
             del known[next(iter(known))]                               # the oldest
@@ -145,15 +152,16 @@ class StableDiffusion:
         return Condition(context, self.size_conditioning(pooled, time_ids).to(self.device, self.dtype), words)
 
     @torch.no_grad()
-    def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str = "ddim",
-               cfg_scale: float = 7.5, seed: int | list[int] = 0, height: int | None = None, width: int | None = None,
-               noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *,
+    def sample(self, prompt: Prompt, negative_prompt: Prompt | None = "", steps: int = 30, sampler: str | None = None,
+               cfg_scale: float | None = None, seed: int | list[int] = 0, height: int | None = None,
+               width: int | None = None, noise: Tensor | None = None, eta: float = 0.0, spacing: str | None = None, *,
                init: Tensor | None = None, strength: float = 0.8, tile: int | None = None,
                callback: Callable[[int, Tensor], None] | None = None, **techniques: Any) -> Tensor:
         """Prompts to latents (B, 4, h, w), VAE-scaled, float32 (or of the noise's dtype).
 
         prompt: one text or a list of B; or embeddings: context (B, L, D), for SDXL with the pooled vector (B, P).
         negative_prompt: likewise, one for all or B. None: see `conditions`.
+        steps, sampler, cfg_scale, eta, spacing: see `plan_run`.
         seed: image k draws all its noise from a CPU generator of its own, seeded with seed + k; or a list of B seeds.
         height, width: pixels, multiples of 8; None: the model's native size, or that of noise or init.
         noise: (B, 4, h, w), unit variance, to start from. Any later noise uses the seeds' random numbers from the first
@@ -165,40 +173,29 @@ class StableDiffusion:
             masks=MaskFile(path). The names are those of `unet.Techniques`. With freescale=FreeScale(2), height and
             width are the first stage's. With the sizes of all stages, leave them out or give the last stage's. In
             both cases noise is the first stage's, init replaces that stage's result, and strength has no effect.
-        Other arguments: see `sampler.plan` and `sampler.generate`.
         """
-        techniques = {name: settings.bind(self) if hasattr(settings, "bind") else settings
-                      for name, settings in techniques.items() if settings is not None}
-        factor, native = self.config.vae.factor, self.config.size
-        freescale, highres = techniques.pop("freescale", None), techniques.get("highres")
-        for given in () if isinstance(getattr(freescale, "resolutions", None), tuple) else (init, noise):
-            if given is not None:
-                height = given.shape[-2] * factor if height is None else height
-                width = given.shape[-1] * factor if width is None else width
-        if freescale is None and hasattr(highres, "stages"):
-            freescale, height, width = highres.stages(native, height or native, width or native), None, None
-        if freescale is not None:
-            freescale = self.fit(freescale, height, width, init)
-            height, width = freescale.resolutions[0]
-        height, width = check_size(native if height is None else height, native if width is None else width)
-        condition, negative = self.conditions(prompt, None, height, width), None
-        batch = len(condition.context)
-        if cfg_scale != 1:
-            negative = self.conditions(negative_prompt, batch, height, width)
+        techniques = {name: settings for name, settings in techniques.items() if settings is not None}
+        redrawn = strength if init is not None and "freescale" not in techniques else None
+        calls, cfg_scale = plan_run(self.config, steps, sampler, cfg_scale, negative_prompt, eta, spacing, redrawn)
+        for name, settings in techniques.items():
+            if hasattr(settings, "check"):
+                settings.check(self.config.unet, steps, guided=cfg_scale != 1)
+            techniques[name] = settings.bind(self) if hasattr(settings, "bind") else settings
+        freescale, height, width = self.stages(techniques, height, width, noise, init)
+        condition = self.conditions(prompt, None, height, width)
+        batch, factor = len(condition.context), self.config.vae.factor
+        negative = None if cfg_scale == 1 else self.conditions(negative_prompt, batch, height, width)
 
         seeds = [seed + k for k in range(batch)] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != batch:
             raise InputError(f"there are {len(seeds)} seeds for {batch} prompts; give one, or as many")
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        shape = (batch, self.config.unet.in_channels, height // factor, width // factor)
-        if noise is None:
-            noise = draw_noise(generators, torch.empty(1, *shape[1:], device=self.device))
-        if tuple(noise.shape) != shape:
-            raise InputError(f"noise has shape {tuple(noise.shape)}, but {shape} is needed")
-        if init is not None and tuple(init.shape) not in (shape, (1, *shape[1:])):
-            raise InputError(f"init has shape {tuple(init.shape)}, but {shape} is needed")
+        shape = batch, self.config.unet.in_channels, height // factor, width // factor
+        noise = draw_noise(generators, torch.empty(1, *shape[1:], device=self.device)) if noise is None else noise
+        for name, given, legal in (("noise", noise, [shape]), ("init", init, [shape, (1, *shape[1:])])):
+            if given is not None and tuple(given.shape) not in legal:
+                raise InputError(f"{name} has shape {tuple(given.shape)}, but {shape} is needed")
         init = None if init is None else init.to(self.device)
-        calls = plan(sampler, steps, self.config.schedule, spacing, eta, self.config.prediction)
 
         def run(noise: Tensor, init: Tensor | None, stage: int, **more: Any) -> Tensor:
             latents = noise
@@ -206,9 +203,7 @@ class StableDiffusion:
                                        strength, generators, self.low_memory, **techniques, **more):
                 if callback is not None:
                     callback(stage * calls.calls + i, latents)
-            if not latents.isfinite().all():
-                raise InputError(not_finite("latents", self.dtype))
-            return latents
+            return finite(latents, "the latents are", self.dtype)
 
         if freescale is None:
             return run(noise, init, 0)
@@ -221,18 +216,34 @@ class StableDiffusion:
             latents = run(draw_noise(generators, like), latents, stage, freescale=freescale)
         return latents
 
-    def fit(self, freescale: FreeScale, height: int | None, width: int | None, init: Tensor | None) -> FreeScale:
-        """The settings with the sizes of all stages; InputError if they contradict height and width, or init."""
-        native, sizes = self.config.size, freescale.resolutions
-        if isinstance(sizes, tuple) and (height or sizes[-1].height, width or sizes[-1].width) != sizes[-1]:
-            raise InputError(f"FreeScale ends with {sizes[-1]}, so leave height and width at None")
+    def stages(self, techniques: dict[str, Any], height: int | None, width: int | None, noise: Tensor | None,
+               init: Tensor | None) -> tuple[FreeScale | None, int, int]:
+        """FreeScale, taken from the techniques, with the sizes of all stages, and the first stage's height and width.
+
+        DemoFusion's stages are FreeScale's too. Without either, the size is the picture's.
+        """
+        native, factor = self.config.size, self.config.vae.factor
+        freescale, highres = techniques.pop("freescale", None), techniques.get("highres")
+        if freescale is not None and isinstance(freescale.resolutions, tuple):
+            last = freescale.resolutions[-1]
+            if (height or last.height, width or last.width) != last:
+                raise InputError(f"FreeScale ends with {last}, so leave height and width at None")
+            height = width = None
+        else:
+            of_latents = next((x.shape for x in (init, noise) if x is not None), (native // factor,) * 2)
+            height = of_latents[-2] * factor if height is None else height
+            width = of_latents[-1] * factor if width is None else width
+            if freescale is None and hasattr(highres, "stages"):
+                freescale = highres.stages(native, height, width)
+        if freescale is None:
+            return None, *check_size(height, width)
         try:
-            freescale = freescale.fit(native // self.config.vae.factor, height or native, width or native)
+            freescale = freescale.fit(native // factor, height or native, width or native)
         except ValueError as error:
             raise InputError(str(error)) from None
         if len(freescale.resolutions) == 1 and init is not None:
             raise InputError("init takes the place of FreeScale's first stage: give a second, larger resolution")
-        return freescale
+        return freescale, *check_size(*freescale.resolutions[0])
 
     def tile_of(self, latents: Tensor, tile: int | None = None) -> int | None:
         return tile_side(self.tile if tile is None else tile, latents)
@@ -246,8 +257,7 @@ class StableDiffusion:
         z = latents.to(self.device) / self.config.vae.scaling
         with self.on_device(self.vae):
             images = torch.cat([self.vae.decode(part, self.tile_of(z, tile)).float() for part in together(z)])
-        if not images.isfinite().all():
-            raise InputError(not_finite("decoded image", self.vae.post_quant_conv.weight.dtype))
+        finite(images, "the decoded image is", self.vae.post_quant_conv.weight.dtype)
         return (images / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -274,8 +284,39 @@ class StableDiffusion:
         return score
 
 
-def not_finite(what: str, dtype: torch.dtype) -> str:
-    """The message for NaN and infinity, with a remedy."""
-    remedy = ("use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --cfg-scale or the techniques' "
-              "factors; if that doesn't help, the weights are damaged: convert them again")
-    return f"the {what} are not finite (NaN) in {dtype}: {remedy}"
+def plan_run(config: ModelConfig, steps: int = 30, sampler: str | None = None, cfg_scale: float | None = None,
+             negative_prompt: Prompt | None = "", eta: float = 0.0, spacing: str | None = None,
+             strength: float | None = None) -> tuple[Plan, float]:
+    """The calls of a run, see `sampler.plan`, and its guidance. None for sampler and cfg_scale: the model's defaults.
+
+    strength: of a start picture; None: there is none. InputError for wrong values, and for those without an effect.
+    """
+    sampler = sampler or config.sampler or "ddim"
+    default = 7.5 if config.cfg_scale is None else config.cfg_scale
+    scale, negative = default if cfg_scale is None else cfg_scale, negative_prompt is not None
+    if isinstance(negative_prompt, str) and not negative_prompt:
+        negative = False
+    for wrong, message in (
+            (scale == 0 and not negative, "a guidance scale of 0 follows only the negative prompt, and there is none: "
+             "for no guidance use 1 (where diffusers takes 0)"),
+            (scale == 1 and negative, "a negative prompt does nothing without guidance: use a scale other than 1"),
+            (spacing is not None and sampler == "dpm++2m-karras", "spacing does nothing with dpm++2m-karras, whose "
+             "times follow from Karras' noise levels"),
+            (eta > 0 and sampler == "euler-a", "eta does nothing with euler-a, which always has 1: use euler"),
+            (strength and int(steps * strength) == 0, f"a strength of {strength} redraws none of {steps} steps: use "
+             f"{1 / max(steps, 1):.2g} or more")):
+        if wrong:
+            raise InputError(message)
+    try:
+        return plan(sampler, steps, config.schedule, spacing, eta, config.prediction), scale
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def finite(x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """x itself; InputError, with a remedy, if it has NaN or infinity."""
+    if not x.isfinite().all():
+        remedy = ("use --dtype bfloat16 or float32" if dtype == torch.float16 else "lower --cfg-scale or the "
+                  "techniques' factors; if that doesn't help, the weights are damaged: convert them again")
+        raise InputError(f"{what} not finite (NaN) in {dtype}: {remedy}")
+    return x

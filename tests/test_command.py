@@ -1,8 +1,12 @@
 """command.py: wrong input is one line, and what was written is whole or absent."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from command import ArgumentParser, InputError, check_device, check_flags, check_writable, replacing
+from command import HOST, ArgumentParser, InputError, check_device, check_flags, check_writable, replacing
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -18,6 +22,29 @@ def test_a_whole_write_takes_the_place_of_the_old_file(tmp_path):
         part.write_text("new")
         assert (tmp_path / "x").read_text() == "old"
     assert (tmp_path / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    old, running, elsewhere = (tmp_path / f".{host}.{pid}.x.part" for host, pid in (
+        (HOST, int(ended.stdout)), (HOST, os.getppid()), ("elsewhere", int(ended.stdout))))
+    old.mkdir()
+    for file in (old / "half", running, elsewhere, tmp_path / f".{HOST}.mine.x.part"):
+        file.write_text("half")
+    with replacing(tmp_path / "y") as part:
+        part.write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"y", running.name, elsewhere.name, f".{HOST}.mine.x.part"}
+
+
+def test_a_folder_takes_the_place_of_an_empty_one(tmp_path):
+    (tmp_path / "x").mkdir()
+    with replacing(tmp_path / "x") as part:
+        part.mkdir()
+        (part / "y").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x" / "y").read_text() == "new"
+    with pytest.raises(InputError, match="can't write"), replacing(tmp_path / "x") as part:
+        part.mkdir()                                                         # this one holds something
+    assert (tmp_path / "x" / "y").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_only_devices_that_compute_are_taken():
