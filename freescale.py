@@ -1,21 +1,21 @@
 """FreeScale: pictures of several times the training size from an unchanged U-Net, stage by stage.
 
-Start at `FreeScale`, the settings; the sampling loop makes a `Stage` from them for every stage after the first, and the
-U-Net gets a `Scale` at every step. There are three parts. Scale fusion, `Scale.__call__`, takes the place of
-self-attention: attention in local windows of the training size gives the large shapes, attention over the whole map the
-finest detail. `Scale.convolve` dilates the deepest convolutions of the encoder. The cascade, `enlarge` and `Stage.mix`,
-enlarges the finished picture, adds noise, restarts, and draws the latents to that picture at first.
+Start at `FreeScale`, the settings. For every stage after the first, the sampling loop makes a `Stage` from them, which
+gives the U-Net a `Scale` at every step. There are three parts. Scale fusion, `Scale.__call__`, replaces self-attention:
+attention in local windows of the training size gives the large shapes, attention over the whole map the finest detail.
+`Scale.convolve` dilates the deepest convolutions of the encoder. The cascade, `enlarge` and `Stage.mix`, enlarges the
+finished picture, adds noise, restarts from it, and at first keeps the latents near it.
 Shapes: B rows, H W tokens of a map (N = H * W), h w latent pixels, C channels, V windows.
 Source: FreeScale, arXiv 2412.09626. Checked against outputs of the official code (ali-vilab/FreeScale), which differs
-from the paper as `blur` and `restart` below say; the README has the flags that set all its defaults. For pictures that
-are not square or not a whole number of training sides, this file has rules of its own: windows stay square like the
-training pictures, each axis has its own dilation, and the size of the blur is rounded up.
+from the paper in `blur` and `restart`; the README has the flags for all its defaults. For pictures that are not square
+or not a whole number of training sides, the rules here are our own: windows stay square like the training pictures,
+each axis has its own dilation, and the size of the blur is rounded up.
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,22 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from unet import OFF, Attention, Techniques, linear
+from unet import OFF, Attention, Techniques, UNetConfig, linear
 
-WINDOW_TOKENS = 65536      # local attention takes as many windows at a time as have this many tokens
-
-
-class Shape(Protocol):
-    """What is asked of a U-Net's config."""
-    channels: tuple[int, ...]
-    layers: int                        # ResBlocks per level on the way down
-
-
-class Decoder(Protocol):
-    """What is asked of a VAE by `enlarge`."""
-    config: Any
-    def decode(self, z: Tensor, tile: int | None = None) -> Tensor: ...
-    def encode(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]: ...
+WINDOW_TOKENS = 65536      # local attention processes windows in batches of about this many tokens, to bound the memory
 
 
 class Size(NamedTuple):
@@ -61,27 +48,28 @@ class Size(NamedTuple):
 class FreeScale:
     """FreeScale: pictures larger than the model's own, in stages.
 
-    Each default is the official one unless it says otherwise.
+    The defaults are the official ones, except for blur.
 
-    resolutions: a factor (2, 4 or 8): from the model's own size, or that of --width and --height, doubled up to it. Or
-        the size of every stage in pixels, multiples of 8 that don't fall, such as 512x512:1024x1024. The first stage is
-        sampled as usual (or is a picture that is given), the last is the result.
-    detail: alpha of the factor that draws towards the noised picture, see `Stage.mix`. Larger: freer, more new detail;
-        1 to 2 are usual, at most 1 for 8 times the size. 0: the picture itself up to the last step; inf: img2img.
+    resolutions: a factor, 2, 4 or 8: the first stage has the model's own size or --width and --height, and each further
+        stage doubles it. Or the sizes of all stages in pixels, such as 512x512:1024x1024: multiples of 8 that never get
+        smaller. The first stage is sampled as usual (or is a given picture), the last one is the result.
+    detail: alpha, the power of the factor that keeps latents near the enlarged picture, see `Stage.mix`. Larger: freer,
+        more new detail. Usual are 1 to 2, and at most 1 for 8 times the size. 0: kept there up to the last step. inf:
+        as free as img2img.
     outside: alpha where the picture of detail_map is black.
     detail_map: a gray picture as large as one of the stages; alpha is `detail` where it isn't black.
     restart: the fraction of the steps that a later stage skips: it starts from its enlarged picture with the noise of
         step int(restart * steps). (The paper gives no number; this is the released code's.)
-    upsample: between stages, "rgb" (decode, enlarge, encode) or "latent" (enlarge the latent, without the VAE).
+    upsample: between stages, "rgb" (decode, enlarge, encode) or "latent" (enlarge the latents, without the VAE).
     blur: what splits low from high frequencies: "spatial", over height and width as in the paper, or "official", which
         also blurs over neighbouring channels. On the tiny model at twice its size, "spatial" got 148 of 200 pictures
         right, "official" 142 (within chance; direct inference 27), and "spatial" is cheaper.
-    fast: global attention on interleaved sub-grids of the training size instead of all tokens at once.
-    dilate: the fraction of the steps up to which deep convolutions are dilated. 0: never.
+    fast: global attention on interleaved sub-grids of the training size instead of on all tokens at once.
+    dilate: the fraction of the steps before which deep convolutions are dilated. 0: never.
     dilate_from: the first dilated level: its ResBlocks, the downsampler that leads to it, and all deeper layers of the
         encoder. 2 are SDXL's published layers, and SD's of the same width; 3 is the deepest level of SD alone.
     attention: "fused"; or for comparison one of its parts alone, "global" (plain attention) or "local".
-    native: latent side of the model's training pictures (SD 1.5: 64); None: the model's own.
+    native: latent side of the model's training pictures (SD 1.5: 64); none: the model's own.
     """
     resolutions: int | tuple[Size, ...]
     detail: float = 2.0
@@ -103,39 +91,34 @@ class FreeScale:
                                  "every stage's, such as 512x512:1024x1024")
         else:
             object.__setattr__(self, "resolutions", tuple(Size(*size) for size in self.resolutions))     # or of lists
-            self.check_sizes()
-        if self.native is not None and self.native < 1:
-            raise ValueError(f"FreeScale's native is a side of latents, 1 or more, not {self.native}")
-        for name, legal in (("upsample", ("rgb", "latent")), ("attention", ("fused", "global", "local")),
-                            ("blur", ("spatial", "official"))):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"FreeScale's {name} is {' or '.join(legal)}, not {getattr(self, name)!r}")
-        if not 0 <= self.restart < 1:
-            raise ValueError(f"FreeScale's restart is a fraction of the steps, from 0 to below 1, not {self.restart:g}")
-        if not 0 <= self.dilate <= 1:
-            raise ValueError(f"FreeScale's dilate is a fraction of the steps, from 0 to 1, not {self.dilate:g}")
-        if self.dilate_from < 1:
-            raise ValueError(f"FreeScale's dilate_from is a level from 1 up, not {self.dilate_from}")
-        if not self.detail >= 0 or not self.outside >= 0:              # NaN fails too
-            raise ValueError("FreeScale's detail must be 0 or more everywhere; 1 to 2 are usual, at most 1 for 8x")
+            if not self.resolutions:
+                raise ValueError("FreeScale needs at least one resolution")
+            for size in self.resolutions:
+                if min(size) <= 0 or size.height % 8 or size.width % 8:
+                    near = Size(*(max(round(side / 8), 1) * 8 for side in size))
+                    raise ValueError(f"resolution {size} is not of multiples of 8; the nearest is {near}")
+            for one, two in zip(self.resolutions, self.resolutions[1:]):
+                if two.height < one.height or two.width < one.width:
+                    raise ValueError(f"resolutions must not fall, but {one} is followed by {two}: sort them")
+        alpha = "0 or more; 1 to 2 are usual, at most 1 for 8 times the size"
+        for name, fits, words in (
+                ("detail", self.detail >= 0, alpha), ("outside", self.outside >= 0, alpha),        # NaN doesn't fit
+                ("restart", 0 <= self.restart < 1, "a fraction of the steps, from 0 to below 1"),
+                ("upsample", self.upsample in ("rgb", "latent"), "rgb or latent"),
+                ("blur", self.blur in ("spatial", "official"), "spatial or official"),
+                ("dilate", 0 <= self.dilate <= 1, "a fraction of the steps, from 0 to 1"),
+                ("dilate_from", self.dilate_from >= 1, "a level from 1 up"),
+                ("attention", self.attention in ("fused", "global", "local"), "fused or global or local"),
+                ("native", self.native is None or self.native >= 1, "a side of latents, 1 or more")):
+            if not fits:
+                raise ValueError(f"FreeScale's {name} is {words}, not {getattr(self, name)!r}")
         if self.outside != FreeScale.outside and self.detail_map is None:
             raise ValueError("FreeScale's outside does nothing without detail_map")
 
-    def check_sizes(self) -> None:
-        if not self.resolutions:
-            raise ValueError("FreeScale needs at least one resolution")
-        for size in self.resolutions:
-            if min(size) <= 0 or size.height % 8 or size.width % 8:
-                near = Size(*(max(round(side / 8), 1) * 8 for side in size))
-                raise ValueError(f"resolution {size} is not of multiples of 8; the nearest is {near}")
-        for one, two in zip(self.resolutions, self.resolutions[1:]):
-            if two.height < one.height or two.width < one.width:
-                raise ValueError(f"resolutions must not fall, but {one} is followed by {two}: sort them")
-
     def fit(self, native: int, height: int, width: int) -> "FreeScale":
-        """With the size of every stage, and the latent side of the training pictures. height, width: the first stage's.
+        """These settings with the sizes of all stages and the latent side of the training pictures filled in.
 
-        ValueError where the detail map is no gray picture or has the size of no stage.
+        height, width: of the first stage. ValueError if the detail map is no gray picture or has the size of no stage.
         """
         factor = self.resolutions
         if isinstance(factor, int):
@@ -153,19 +136,16 @@ class FreeScale:
         return int(self.restart * steps + 1e-9)                        # 0.29 * 100 is 28.999...
 
     def start(self, run: Any) -> "Stage":
-        """The state for a stage whose enlarged picture is run.init. Draws one number per image and call."""
-        if run.init is None or run.generators is None:
-            raise ValueError("FreeScale continues an enlarged picture: pass it as init, and generators, one per image")
+        """The state for a stage whose enlarged picture is run.init."""
+        if run.init is None:
+            raise ValueError("FreeScale continues an enlarged picture: pass it as init")
         if self.native is None:
             raise ValueError("FreeScale needs the latent side of the training pictures: pass native (SD 1.5: 64)")
-        seeds = torch.stack([torch.randint(2 ** 31, (run.plan.calls,), generator=g) for g in run.generators], dim=1)
         alpha: float | Tensor = self.detail
         if self.detail_map is not None:
             alpha = torch.where(read_mask(self.detail_map), self.detail, self.outside)
             alpha = F.interpolate(alpha[None, None], run.noise.shape[2:], mode="nearest")    # (1, 1, h, w)
-        units = run.unet.units() if hasattr(run.unet, "units") else []
-        blocks = [block for unit in units if unit.attention is not None for block in unit.attention.transformer_blocks]
-        return Stage(self, run, seeds, alpha, {block.attn1: n for n, block in enumerate(blocks)} or None)
+        return Stage(self, run, draw_seeds(run, "FreeScale"), alpha, number_attentions(run.unet))
 
 
 def read_mask(path: Path) -> Tensor:
@@ -180,24 +160,37 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(pixels > 0)
 
 
+def draw_seeds(run: Any, technique: str) -> Tensor:
+    """What the windows of a run are placed by: a number per call and image, (calls, images)."""
+    if run.generators is None:
+        raise ValueError(f"{technique} draws its windows: pass generators, one per image")
+    return torch.stack([torch.randint(2 ** 31, (run.plan.calls,), generator=g) for g in run.generators], dim=1)
+
+
+def number_attentions(unet: Any) -> dict[Attention, int]:
+    """Every self-attention with its number in the order of the units; none for a function in the U-Net's place."""
+    units = [unit.attention for unit in (unet.units() if hasattr(unet, "units") else [])]
+    return {block.attn1: n for n, block in enumerate(
+        block for attention in units if attention is not None for block in attention.transformer_blocks)}
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One stage of a run. It keeps nothing between calls: any of them can be repeated.
+    """FreeScale in one stage of a run. It keeps nothing between calls: any of them can be repeated.
 
-    seeds: (calls, images), from which the windows of a call are made.
-    numbers: of every self-attention, in the order of the units; None: there is no U-Net, but a function.
+    seeds: see `draw_seeds`. alpha: the detail, a number or per latent pixel (1, 1, h, w). numbers: `number_attentions`.
     """
     settings: FreeScale
     run: Any
     seeds: Tensor
     alpha: float | Tensor
-    numbers: dict[Attention, int] | None
+    numbers: dict[Attention, int]
 
     def mix(self, i: int, x: Tensor) -> Tensor:
-        """Detail control: x (B, 4, h, w) is drawn by the factor c to the enlarged picture with this call's noise.
+        """Detail control: x (B, 4, h, w) is mixed with the enlarged picture, noised to the level of call i.
 
-        c = ((1 + cos(pi (T - t) / T)) / 2) ** alpha falls from 1 at t = T to 0. At the first call x is the noised
-        picture itself. The picture is noised again at every call: to keep all 50 would be 0.8 GB at 8192 pixels.
+        The picture's part c = ((1 + cos(pi (T - t) / T)) / 2) ** alpha falls from 1 at t = T to 0. At the first call x
+        is the noised picture itself. It is noised anew at every call: all 50 would take 0.8 GB at 8192 pixels.
         """
         run, T = self.run, self.run.plan.train_steps
         if i == run.first:
@@ -208,38 +201,33 @@ class Stage:
         return (1 - c) * x + c * (math.sqrt(alpha_bar) * run.init + math.sqrt(1 - alpha_bar) * run.noise)
 
     def at(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> "Scale | None":
-        """What acts at these calls, each time the same: both branches of guidance see the same windows."""
+        """What acts at these calls. Both branches of guidance see the same windows."""
         run = self.run
-        if self.numbers is None:                                       # a function in the U-Net's place
+        if not self.numbers:                                           # a function in the U-Net's place
             return None
-        dilated = run.plan.fraction(calls[0]) < self.settings.dilate
-        return Scale(self.settings, tuple(run.noise.shape[2:]), dilated, self.seeds[list(calls)], self.numbers,
-                     run.unet.config)
+        return Scale(self.settings, tuple(run.noise.shape[2:]), run.plan.fraction(calls[0]) < self.settings.dilate,
+                     self.seeds[list(calls)], self.numbers, run.unet.config)
 
 
 @dataclass(eq=False)
 class Scale:
-    """FreeScale at one call, or at several in one batch, for the U-Net.
+    """FreeScale at one call, or at several calls in one batch, for the U-Net.
 
-    seeds: (calls, images), of the windows. The batch is ordered by call, then by branch of guidance, then by image.
-    numbers: of every self-attention, in the order of the units.
+    size: of the latents, (h, w). dilated: are deep convolutions dilated? seeds: (calls, images), of the windows. The
+    batch is ordered by call, then by branch of guidance, then by image. numbers: see `number_attentions`.
     """
     settings: FreeScale
     size: tuple[int, int]
     dilated: bool
     seeds: Tensor
     numbers: dict[Attention, int]
-    config: Shape
-    taps: list[float] = field(init=False)          # of the blur, along each axis
-
-    def __post_init__(self) -> None:
-        self.taps = gaussian(2 * math.ceil(max(self.size) / self.settings.native) - 1).tolist()
+    config: UNetConfig
 
     def dilation(self, unit: int) -> tuple[int, int] | None:
-        """Distance of the taps of a unit's convolutions along both axes; None: not dilated.
+        """The distance between taps of a unit's convolutions along both axes; None: not dilated.
 
-        It is how many times the picture is larger than the training pictures, rounded down: a convolution then sees as
-        much of the picture as it did in training. The decoder is never dilated, where it would cost detail.
+        It is the size in training sides, rounded down: a convolution then sees as much of the picture as in training.
+        The decoder is never dilated: that would cost detail.
         """
         levels, per_level = len(self.config.channels), self.config.layers + 1
         d = max(self.size[0] // self.settings.native, 1), max(self.size[1] // self.settings.native, 1)
@@ -247,27 +235,27 @@ class Scale:
         return d if self.dilated and deep and d != (1, 1) else None
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, unit: int) -> Tensor:
-        """A 3x3 convolution of a unit, restrained dilation included. The size of the result does not change."""
+        """A 3x3 convolution of a unit, dilated or not. The size of the result is the same."""
         d = self.dilation(unit)
         return conv(x) if d is None else F.conv2d(x, conv.weight, conv.bias, conv.stride, padding=d, dilation=d)
 
     def window(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Tokens of a training picture on a map of grid (H, W), at most the map itself."""
+        """The tokens of a training picture on a map of grid (H, W), at most the map itself."""
         level = math.ceil(math.log2(max(self.size) / max(grid)))       # halves are rounded up
         side = -(-self.settings.native // 2 ** level)
         return min(side, grid[0]), min(side, grid[1])
 
     def __call__(self, attention: Attention, x: Tensor, grid: tuple[int, int], on: Techniques = OFF) -> Tensor:
         """Scale fusion, in place of the self-attention of a map of grid (H, W). (B, N, C) -> (B, N, C)"""
-        window = self.window(grid)
-        s = self.settings
+        window, s = self.window(grid), self.settings
         if window == grid or (s.attention == "global" and not s.fast):
             return attention(x, attention.keys_values(x, on), on)      # one window is all of it: plain attention
         seeds = self.seeds.to(x.device) + self.numbers[attention]      # each attention has windows of its own
-        halves = len(x) // seeds.numel()
-        starts = place_windows(grid, window, seeds.repeat(1, halves).flatten())
+        branches = len(x) // seeds.numel()
+        starts = place_windows(grid, window, seeds.repeat(1, branches).flatten())
         parts = tuple(-(-n // w) for n, w in zip(grid, window)) if s.fast else (1, 1)
-        return fuse(attention, x, grid, window, starts, self.taps, s.blur, parts, s.attention, on)
+        taps = gaussian(2 * math.ceil(max(self.size) / s.native) - 1)
+        return fuse(attention, x, grid, window, starts, taps, s.blur, parts, s.attention, on)
 
 
 # -------------------------------------------------------------------------------------------------------- scale fusion
@@ -277,26 +265,26 @@ def fuse(attention: Attention, x: Tensor, grid: tuple[int, int], window: tuple[i
          on: Techniques = OFF) -> Tensor:
     """Low frequencies of local attention plus high frequencies of global attention. (B, N, C) -> (B, N, C)
 
-    starts: of every row's windows, (B, V, 2), see `place_windows`. taps: the blur along each axis. parts: sub-grids for
-    the global attention. With L local, G global: blur(L) + G - blur(G) = G + blur(L - G), which needs one blur. The
-    output projection is affine and a spatial blur acts on every channel alike, so one projection of the sum is enough;
-    a blur over channels needs both projected before it.
+    starts: of each row's windows, (B, V, 2), see `place_windows`. taps: of the blur along each axis. parts: the number
+    of sub-grids along each axis for global attention. With L local and G global, blur(L) + G - blur(G) is
+    G + blur(L - G), which needs one blur. The output projection is affine, and a spatial blur acts on every channel
+    alike, so one projection of the sum is enough; for a blur over channels, both are projected before it.
     """
     q, k, v = (linear(layer, x, on).unflatten(1, grid) for layer in (attention.to_q, attention.to_k, attention.to_v))
 
     def out(h: Tensor) -> Tensor:                                      # (B, H, W, C), projected
-        return linear(attention.to_out[0], h.flatten(1, 2), on).unflatten(1, grid)
+        return linear(attention.to_out[0], h.to(x.dtype).flatten(1, 2), on).unflatten(1, grid)
 
     if kind == "global":
         return out(attend_parts(attention, q, k, v, parts, on)).flatten(1, 2)
-    local = attend_windows(attention, q, k, v, window, starts, on)     # (B, H, W, C), float32
+    local = attend_windows(attention, q, k, v, window, starts, on)     # float32 or wider: differences are small
     if kind == "local":
-        return out(local.to(x.dtype)).flatten(1, 2)
+        return out(local).flatten(1, 2)
     whole = attend_parts(attention, q, k, v, parts, on)
     if blur == "spatial":
-        return out((whole + smooth(local - whole, taps, dims=(1, 2))).to(x.dtype)).flatten(1, 2)
-    local, whole = out(local.to(x.dtype)), out(whole)
-    return (whole + smooth(upcast(local) - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
+        return out(whole + smooth(local - whole, taps, dims=(1, 2))).flatten(1, 2)
+    whole = out(whole)
+    return (whole + smooth(out(local).to(local.dtype) - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
 
 
 def attend_parts(attention: Attention, q: Tensor, k: Tensor, v: Tensor, parts: tuple[int, int],
@@ -315,15 +303,15 @@ def attend_windows(attention: Attention, q: Tensor, k: Tensor, v: Tensor, window
                    starts: Tensor, on: Techniques = OFF) -> Tensor:
     """Attention within each window, averaged where windows overlap. (B, H, W, C) each -> (B, H, W, C), float32
 
-    Around the map lie as many zeros as windows can stray (an eighth of one), and they are keys like any other. The
-    official code has zeros around the hidden states; as queries, keys and values have no bias, it comes to the same.
+    The map is padded with zeros, an eighth of a window wide, because windows can stray so far; zeros are keys like any
+    others. The official code pads the hidden states: queries, keys and values have no bias, so the result is the same.
     """
     (rows, height, width, _), (tall, broad) = q.shape, window
     pad_y, pad_x = tall // 8, broad // 8
     padded = rows, height + 2 * pad_y, width + 2 * pad_x
     q, k, v = (F.pad(m, (0, 0, pad_x, pad_x, pad_y, pad_y)).flatten(0, 2) for m in (q, k, v))
 
-    # Token numbers in these flat maps: each window's first, (B * V,), and the distances of its others from it
+    # Token numbers in these flat maps: each window's first, (B * V,), and the offsets of its tokens from that
     row, y, x = (torch.arange(n, device=q.device) for n in (rows, tall, broad))
     first = ((row[:, None] * padded[1] + starts[..., 0]) * padded[2] + starts[..., 1]).flatten()
     others = (y[:, None] * padded[2] + x).flatten()
@@ -346,7 +334,7 @@ def attend_windows(attention: Attention, q: Tensor, k: Tensor, v: Tensor, window
 def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor) -> Tensor:
     """Top and left of every window, counted from the corner of the padded map. Seeds of any shape -> (..., V, 2)
 
-    Windows are half a window apart, and the last one ends with the map. Each strays by up to an eighth of a window; the
+    Windows are half a window apart, and the last one ends with the map. Each strays by up to an eighth of a window. The
     first and the last of an axis never stray inwards, so that every token is covered.
     """
     bases, lows, highs = [], [], []
@@ -365,21 +353,20 @@ def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor)
 
 
 def scramble(x: Tensor) -> Tensor:
-    """Whole numbers below 2^32 to pseudo-random ones, int64: what a compiled graph can use in place of a generator."""
+    """Whole numbers below 2^32 to pseudo-random ones, int64. Unlike a generator, it works in a compiled graph."""
     for _ in range(2):
         x = (x ^ x >> 16) * 0x45D9F3B & 0xFFFFFFFF
     return x ^ x >> 16
 
 
-def gaussian(size: int, sigma: float = 1.0) -> Tensor:
-    """Samples of a Gaussian that sum to 1, (size,), float64; size is odd."""
-    x = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    g = torch.exp(-0.5 * (x / sigma) ** 2)
-    return g / g.sum()
+def gaussian(size: int, sigma: float = 1.0) -> list[float]:
+    """Samples of a Gaussian that sum to 1; their number, size, is odd."""
+    samples = [math.exp(-0.5 * ((k - size // 2) / sigma) ** 2) for k in range(size)]
+    return [sample / sum(samples) for sample in samples]
 
 
 def smooth(x: Tensor, taps: Sequence[float], dims: tuple[int, ...]) -> Tensor:
-    """x filtered along each of the axes, with zeros around it."""
+    """x filtered with these taps along each of the axes, with zeros around it."""
     middle = len(taps) // 2
     for dim in dims:
         out = x * float(taps[middle])
@@ -391,20 +378,15 @@ def smooth(x: Tensor, taps: Sequence[float], dims: tuple[int, ...]) -> Tensor:
     return x
 
 
-def upcast(x: Tensor) -> Tensor:
-    """x in float32 or wider: differences of two attentions are small."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 # ------------------------------------------------------------------------------------------------------------- cascade
 
-def enlarge(latents: Tensor, size: tuple[int, int], upsample: str, vae: Decoder, noise: Tensor | None,
+def enlarge(latents: Tensor, size: tuple[int, int], upsample: str, vae: Any, noise: Tensor | None,
             tile: int | None = None) -> Tensor:
-    """The next stage's picture: VAE-scaled latents (B, 4, h', w') at the size (height, width) in pixels.
+    """VAE-scaled latents (B, 4, h', w') of a stage to those of the next, whose size (height, width) is in pixels.
 
-    "rgb": decoded, enlarged by bicubic interpolation, not clamped (as released), and encoded; unit noise (B, 4, h', w')
-    samples from the encoder's distribution. "latent": the latents are enlarged; noise isn't used. tile: as in
-    `VAE.decode`. One picture at a time, to save memory.
+    upsample "rgb": each picture is decoded, enlarged by bicubic interpolation, not clamped (as released), and encoded;
+    unit noise (B, 4, h, w) draws a sample from the encoder's distribution. "latent": the latents themselves are
+    enlarged. tile: as in `VAE.decode`.
     """
     if upsample == "latent":
         return F.interpolate(latents, [side // vae.config.factor for side in size], mode="bicubic")

@@ -90,7 +90,7 @@ def test_a_block_with_scale_fusion_equals_the_official_one(block, case):
 
 @pytest.mark.parametrize("size", [1, 3, 7, 15])
 def test_the_blur_equals_the_official_one(size):
-    assert (gaussian(size).float() - golden(f"blur.kernel3d_k{size}_1d")).abs().max() < 1e-7
+    assert (torch.tensor(gaussian(size)) - golden(f"blur.kernel3d_k{size}_1d")).abs().max() < 1e-7
     assert (smooth(golden("blur.x"), gaussian(size), dims=(1, 2, 3)) - golden(f"blur.k{size}")).abs().max() < 2e-6
 
 
@@ -218,7 +218,8 @@ def test_one_blur_of_the_difference_is_two_blurs_and_separate_axes_are_one_kerne
         taps = gaussian(k)
         blurred, blurred_whole, difference = (smooth(x, taps, (1, 2, 3)) for x in (local, whole, local - whole))
         assert (blurred + whole - blurred_whole - (whole + difference)).abs().max() < 1e-12
-        kernel = taps[:, None, None] * taps[:, None] * taps
+        kernel = torch.tensor(taps, dtype=torch.float64)
+        kernel = kernel[:, None, None] * kernel[:, None] * kernel
         want = F.conv3d(local[:, None], kernel[None, None], padding=k // 2)[:, 0]
         assert (blurred - want).abs().max() < 1e-12
 
@@ -228,7 +229,7 @@ def test_the_official_blur_leaks_into_neighbouring_channels_and_the_spatial_one_
     impulse[0, 2, 2, 2] = 1
     official, spatial = (smooth(impulse, gaussian(3), dims)[0, 2, 2].tolist() for dims in ((1, 2, 3), (1, 2)))
     assert official == pytest.approx([0, .0560, .0923, .0560, 0], abs=5e-5)
-    assert [spatial[c] for c in (0, 1, 3, 4)] == [0] * 4 and spatial[2] == pytest.approx(gaussian(3)[1].item() ** 2)
+    assert [spatial[c] for c in (0, 1, 3, 4)] == [0] * 4 and spatial[2] == pytest.approx(gaussian(3)[1] ** 2)
 
 
 def test_the_output_projection_may_follow_the_spatial_blur():
@@ -573,7 +574,7 @@ def test_gradients_pass_through_scale_fusion():
     (dict(blur="gauss"), "spatial or official"), (dict(attention="none"), "fused or global or local"),
     (dict(detail=-1.0), "0 or more"), (dict(detail=math.nan), "0 or more"),
     (dict(resolutions=3), "2, 4 or 8 times, not 3"), (dict(outside=0.1), "does nothing without detail_map"),
-    (dict(outside=-1.0), "0 or more everywhere"), (dict(native=0), "native is a side of latents")])
+    (dict(outside=-1.0), "outside is 0 or more"), (dict(native=0), "native is a side of latents")])
 def test_bad_settings_are_named(more, words):
     with pytest.raises(ValueError) as error:
         FreeScale(**{"resolutions": ((64, 64),), **more})
