@@ -36,8 +36,9 @@ from checkpoint import open_safetensors
 from clip_text import TextEncoder
 from command import ArgumentParser, replacing, run_command
 from folder import ModelConfig, write_config
-from lab import shapes
-from lab.evaluate import evaluate
+from lab import shapes, study
+from lab.evaluate import draw, judged
+from lab.study import line
 from reward import ClipReward, ImageEncoder, load_reward
 from sampler import NoiseSchedule
 from stable_diffusion import StableDiffusion
@@ -56,7 +57,7 @@ COLORED = 0.5                                                          # the sha
 LESSON = range(6000, 6400)                                             # steps that teach words for sides alone
 RATE = 1.5e-3                                                          # of AdamW; Muon has twice as much
 MODEL_CONFIG = ModelConfig(family="tiny", prediction="v", size=SIZE, schedule=NoiseSchedule(), unet=UNET_CONFIG,
-                           vae=VAE_CONFIG, text_encoder=TEXT_CONFIG)
+                           vae=VAE_CONFIG, text_encoder=TEXT_CONFIG, cfg_scale=3.0)
 
 
 class Muon(torch.optim.Optimizer):
@@ -398,43 +399,27 @@ def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
     rows = [row for kind in shapes.KINDS for seen in (True, False)
             for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
     mine = rows[rank()::world()]
-    verdicts, pictures = evaluate(sd, [row["prompt"] for row in mine], batch=48, seed=1_000_000 + 10_000 * rank(),
-                                  steps=20, cfg_scale=5.0)
-    found = [(row, verdict.ok, verdict.loose, shapes.measure(picture, row["prompt"]))
-             for row, verdict, picture in zip(mine, verdicts, pictures)]
+    pictures = draw(sd, [row["prompt"] for row in mine], 48, 1_000_000 + 10_000 * rank(), dict(steps=20, cfg_scale=5.0))
+    found = [row | judged(picture, row["prompt"]) | {"overlap": shapes.measure(picture, row["prompt"]).overlap}
+             for row, picture in zip(mine, pictures)]
     if dist.is_initialized():
         parts = [None] * world()
         dist.all_gather_object(parts, found)
         found = sum(parts, [])
-    share = lambda **of: float(np.mean([ok for row, ok, *_ in found if of.items() <= row.items()]))
-    return {"overall": share(), "seen": share(seen=True), "unseen": share(seen=False),
-            **{kind: share(kind=kind) for kind in shapes.KINDS},
-            "loose": float(np.mean([loose for _, _, loose, _ in found])),
-            "quality": float(np.mean([measured.quality for *_, measured in found])),
-            "overlap": float(np.mean([measured.overlap for *_, measured in found]))}
+    mean = lambda name, **of: float(np.mean([row[name] for row in found if of.items() <= row.items()]))
+    return {"overall": mean("strict"), "seen": mean("strict", seen=True), "unseen": mean("strict", seen=False),
+            **{kind: mean("strict", kind=kind) for kind in shapes.KINDS},
+            **{name: mean(name) for name in ("loose", "quality", "overlap")}}
 
 
 def draw_curve(facts: dict, path: Path) -> None:
-    """The scores against the samples seen, of a training.json; the hours, where it has them, stand above."""
-    import matplotlib  # a development requirement
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    thousands = [n / 1000 for n, *_ in facts["scores"]]
-    hours = [hour for _, *rest, _ in facts["scores"] for hour in rest]         # models/tiny has none
-    for name in facts["scores"][0][-1]:
-        width = {"overall": 2.5, "quality": 2.5, "seen": 1.5, "unseen": 1.5}.get(name, 0.8)
-        axis.plot(thousands, [numbers[name] for *_, numbers in facts["scores"]], "o-", label=name, linewidth=width,
-                  markersize=width + 1)
-    axis.set(xlabel="thousand samples", ylabel="share of right pictures, or mean", ylim=(0, 1))
-    if hours:
-        axis.secondary_xaxis("top", functions=(
-            lambda x: np.interp(x, [0, *thousands], [0, *hours]),
-            lambda x: np.interp(x, [0, *hours], [0, *thousands]))).set_xlabel("hours")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, ncols=3)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=110)
+    """The scores against the samples seen, of a training.json, and against the hours if it has them."""
+    *before, last = zip(*facts["scores"])
+    axes = dict(zip(("samples", "hours"), before))                     # models/tiny has no hours
+    wide = {"overall": 2.5, "quality": 2.5, "seen": 1.5, "unseen": 1.5}
+    study.plot([[(dict(xlabel=what, ylabel="share of right pictures, or mean", ylim=(0, 1)), [
+        line(x, [numbers[name] for numbers in last], name, "o-", width=wide.get(name, 0.8)) for name in last[0]])
+        for what, x in axes.items()]], path.stem, path, size=5, legend=True, share=True)
 
 
 def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToVelocity, facts: dict) -> None:

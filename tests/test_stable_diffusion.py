@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cache import DeepCache
 from clip_text import Tokenizer
 from command import InputError
-from folder import read_config, write_config
+from folder import TINY, read_config, write_config
 from freescale import FreeScale
 from freeu import FreeU
 from stable_diffusion import StableDiffusion
@@ -152,6 +153,14 @@ def test_lost_words_are_reported_by_name(sd):
         sd.encode_prompt(["a red circle a blue circle"])
 
 
+def test_the_tiny_model_says_what_it_knows_where_a_word_is_not_among_it(sd):
+    with pytest.warns(UserWarning, match="horse'; this tiny model knows drawn shapes only, .*: --model takes another"):
+        sd.encode_prompt(["a horse"])
+    with pytest.warns(UserWarning) as told:
+        sd.encode_prompt(["a red circle a blue circle"])
+    assert "drawn shapes" not in str(told[0].message)
+
+
 def test_known_texts_are_encoded_once_and_only_the_last_are_kept(narrow, monkeypatch):
     plain, seen = Tokenizer.__call__, []
     monkeypatch.setattr(Tokenizer, "__call__", lambda self, texts, *more: (
@@ -225,6 +234,27 @@ def test_guidance_scale_zero_follows_the_negative_prompt(sd):
     assert torch.allclose(latents, sd.sample("blue", steps=4, cfg_scale=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("settings,words", [
+    (dict(cfg_scale=0), "follows only the negative prompt, and there is none: for no guidance use 1"),
+    (dict(cfg_scale=1, negative_prompt="blue"), "a negative prompt does nothing without guidance"),
+    (dict(sampler="dpm++2m-karras", spacing="leading"), "spacing does nothing with dpm.*2m-karras"),
+    (dict(sampler="euler-a", eta=0.5), "eta does nothing with euler-a"),
+    (dict(steps=5, init=torch.zeros(1, 4, 8, 8), strength=0.1), "0.1 redraws none of 5 steps: use 0.2 or more"),
+    (dict(steps=2000), "steps must be 1 to 1000"), (dict(sampler="plms"), "unknown sampler")])
+def test_what_would_have_no_effect_is_refused(sd, settings, words):
+    with pytest.raises(InputError, match=words):
+        sd.sample("a circle", **settings)
+
+
+def test_a_models_config_gives_the_sampler_and_guidance_that_are_used_where_none_is_given(narrow, sd, tmp_path):
+    shutil.copytree(narrow, tmp_path / "model")
+    write_config(tmp_path / "model", replace(read_config(narrow), cfg_scale=2.0, sampler="euler"))
+    own = StableDiffusion.load(tmp_path / "model")
+    assert torch.equal(own.sample("a circle", steps=2), sd.sample("a circle", steps=2, cfg_scale=2.0, sampler="euler"))
+    assert torch.equal(own.sample("a circle", steps=2, cfg_scale=7.5, sampler="ddim"), sd.sample("a circle", steps=2))
+    assert read_config(TINY).cfg_scale == 3
+
+
 def test_techniques_come_by_name_and_none_is_none(sd):
     plain = sd.sample("a circle", steps=3)
     assert torch.equal(sd.sample("a circle", steps=3, freeu=None, cache=DeepCache(1)), plain)
@@ -248,7 +278,7 @@ def test_wrong_shapes_and_counts_are_named(sd):
                             (dict(height=32, freescale=FreeScale(((32, 32), (64, 64)))), "FreeScale ends with 64x64"),
                             (dict(init=torch.zeros(1, 4, 8, 8), freescale=FreeScale(((32, 32),))), "second, larger")):
         with pytest.raises(InputError, match=words):
-            sd.sample("a circle", steps=1, **settings)
+            sd.sample("a circle", steps=2, **settings)
     with pytest.raises(InputError, match="a prompt is a text"):
         sd.sample([], steps=1)
 
