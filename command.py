@@ -6,6 +6,7 @@ that a stopped command leaves no broken file.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import glob
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -37,19 +38,51 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(complain(message, 2))
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default except None, which the help texts explain, and False."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default except None, which the help texts explain, and False; a flag's short name comes first."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
         return action.help if default is None or default is False else super()._get_help_string(action)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = ", ".join(sorted(action.option_strings, key=len)[:2])
+        if not names or action.nargs == 0:
+            return names or super()._format_action_invocation(action)
+        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
+def typed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """argparse's `type` from a function whose ValueError says what is wrong."""
+    def read(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return read
+
+
+@typed
+def file_path(text: str) -> Path:
+    """argparse's `type` of a file or folder: refuses what can't be a name of either."""
+    try:
+        os.stat(text)
+    except (OSError, ValueError) as error:
+        if not text or isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            why = "it is too long" if isinstance(error, OSError) and text else "it is empty or has a NUL"
+            raise ValueError(f"{text[:40]!r}{'...' * (len(text) > 40)} can't be a file's name: {why}") from None
+    return Path(text)
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main(). Wrong input: one line on stderr and exit code 2; Ctrl-C: exit code 130."""
     reuse_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):       # None is one that was closed
+            stream.reconfigure(errors="backslashreplace")              # names and prompts can have any character
     try:
         main()
+        print(end="", flush=True)
     except InputError as error:
         sys.exit(complain(str(error), 2))
     except torch.OutOfMemoryError:
@@ -62,9 +95,28 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(complain(OUT_OF_MEMORY, 2))
     except KeyboardInterrupt:
         sys.exit(complain("stopped; finished files are kept", 130))
-    except BrokenPipeError:                                            # the reader of stdout closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:                                 # not of stdout
+            raise
+        silence()
+        if isinstance(error, BrokenPipeError):                         # its reader closed it, as `head` does
+            sys.exit(1)
+        sys.exit(complain(f"can't print any more ({error.strerror})", 2))
+
+
+def say(text: str) -> None:
+    """Print a line. Where that fails, as on a full disk, a note on stderr says so and the work goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence()
+        print(f"note: can't print any more ({error.strerror}); files are still written", file=sys.stderr)
+
+
+def silence() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: str, code: int) -> int:
@@ -116,6 +168,7 @@ def check_writable(folder: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name next to `path`, for a file or a folder. It becomes `path` if the block ends without an error."""
+    path = target(path)
     remove_leftovers(path.parent)
     part = path.with_name(f".{HOST}.{os.getpid()}.{path.name[-40:]}.part")   # file systems limit the length of names
     try:
@@ -129,6 +182,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"can't write {path} ({error.strerror or error}); choose another place") from None
     finally:
         remove(part)
+
+
+def target(path: Path) -> Path:
+    """The file that a path leads to, through links, which stay. InputError for a pipe or a device."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is a pipe or a device, not a file; choose another place")
+    return path
 
 
 def remove(part: Path) -> None:

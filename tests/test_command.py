@@ -2,11 +2,14 @@
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-from command import HOST, ArgumentParser, InputError, check_device, check_flags, check_writable, replacing
+from command import HOST, ArgumentParser, InputError, check_device, check_flags, check_writable, file_path, replacing
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -45,6 +48,44 @@ def test_a_folder_takes_the_place_of_an_empty_one(tmp_path):
     with pytest.raises(InputError, match="can't write"), replacing(tmp_path / "x") as part:
         part.mkdir()                                                         # this one holds something
     assert (tmp_path / "x" / "y").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_stays_and_what_is_no_file_is_not_replaced(tmp_path):
+    (tmp_path / "x").symlink_to(tmp_path / "real")
+    with replacing(tmp_path / "x") as part:
+        part.write_text("new")
+    assert (tmp_path / "x").is_symlink() and (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is a pipe or a device, not a file"), replacing(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_no_file_can_be_called_is_refused():
+    assert file_path("a b.png") == Path("a b.png")
+    for text, why in (("", "is empty"), ("a\0b", "has a NUL"), ("f" * 300, "f'... can't be a file's name: it is too")):
+        with pytest.raises(ArgumentTypeError, match=why):
+            file_path(text)
+
+
+SAYS = r"""
+import sys
+from command import run_command, say
+run_command(lambda: [say("caf\u00e9 \u2603 \udce9"), say("more"), print("\u2603", file=sys.stderr)])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("where,code,out,err", [
+    ("", 0, b"caf\xe9 \\u2603 \\udce9\nmore\n", "\\u2603\n"),
+    ("> /dev/full", 0, b"", "note: can't print any more (No space left on device); files are still written\n\\u2603\n"),
+    (">&- 2>&-", 0, b"", "")])
+def test_what_a_console_can_not_show_ends_no_command(where, code, out, err, tmp_path):
+    script = tmp_path / "says.py"
+    script.write_text(SAYS)
+    done = subprocess.run(f"{sys.executable} {script} {where}", shell=True, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (code, out, err)
 
 
 def test_only_devices_that_compute_are_taken():
