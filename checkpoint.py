@@ -7,6 +7,7 @@ Checked against files of diffusers 0.42.1, transformers 5.23 and open_clip 3.3.0
 import contextlib
 import difflib
 import json
+import pickle
 import re
 import warnings
 import zipfile
@@ -89,22 +90,60 @@ def read_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, [])
 
 
+# What trainers put into pickles: Lightning's callbacks, NumPy's numbers. These names get a stand-in, see `Inert`.
+HARMLESS = re.compile(r"(numpy|(pytorch_)?lightning\w*|omegaconf|torchmetrics|collections|datetime|pathlib|typing)\..+|"
+                      r"argparse\.Namespace|builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|"
+                      r"object|range|set|slice|str|tuple)")
+
+
+class Inert:
+    """Takes the place of a class or function that a pickle names: it accepts everything and does nothing."""
+
+    def __new__(cls, *_: Any) -> "Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+CONTAINERS = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}    # filled after being made
+
+
+def unpickle(path: Path) -> Any:
+    """torch.load with `weights_only`, so that only PyTorch's own makers of tensors run, and with `Inert` stand-ins."""
+    names = []
+    while True:
+        try:
+            with torch.serialization.safe_globals([(CONTAINERS.get(name, Inert), name) for name in names]):
+                return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        except pickle.UnpicklingError as error:
+            named = re.search(r"(?i)unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
+            if named is None or "TorchScript" in str(error):
+                raise
+            name = named[1] if "." in named[1] else f"builtins.{named[1]}"
+            if not HARMLESS.fullmatch(name) or name in names:
+                raise InputError(f"{path} holds code ({name}), which was not run; get this model as "
+                                 ".safetensors") from None
+            names.append(name)
+
+
 def read_pickle(path: Path) -> Checkpoint:
-    """A file of torch.save. Pickles can run code, so only what `weights_only` allows is loaded."""
+    """A file of torch.save. No code in it is run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")          # torch.load warns about TorchScript before it fails: see below
-            data = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            data = unpickle(path)
+    except InputError:
+        raise
     except Exception as error:                       # a damaged pickle can raise anything
         if "TorchScript" in str(error):              # the format of OpenAI's CLIP files
             raise InputError(f"{path} is a TorchScript program, not a weights file; get this model as a Hugging "
                              "Face folder") from None
-        refused = re.search(r"Unsupported \w+:? (?:GLOBAL )?(\S+)", str(error))
-        if refused:
-            raise InputError(f"{path} holds more than tensors ({refused[1]}); loading that could run code hidden "
-                             f"in the file, so it was not loaded; get this model as .safetensors") from None
-        raise InputError(f"{path} is not a complete PyTorch weights file ({type(error).__name__}); "
-                         f"download it again") from None
+        raise InputError(f"{path} is not a complete PyTorch weights file ({type(error).__name__}); download it again, "
+                         "or get this model as .safetensors") from None
     named = data.get("state_dict", data) if isinstance(data, dict) else {}
     named = named if isinstance(named, dict) else {}
     tensors = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
@@ -127,6 +166,8 @@ def weight_files(folder: Path) -> list[Path]:
                 with json_object(path) as index:
                     shards = [folder / name for name in sorted(set(index["weight_map"].values()))]
                 for shard in shards:
+                    if shard.parent != folder or shard.name == "..":
+                        raise InputError(f"{path} lists {shard}, which is outside the folder; download it again")
                     if not shard.is_file():
                         raise InputError(f"{path} lists {shard.name}, which isn't there; download it too")
                 return shards
@@ -145,7 +186,7 @@ def json_object(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"there is no {path}; get the complete Hugging Face folder") from None
     except KeyError as error:
         raise InputError(f"{path} lacks the entry {error}; download it again") from None
-    except (AttributeError, IndexError, OSError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, IndexError, OSError, RecursionError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path} can't be read as a config file ({error}); download it again") from None
 
 

@@ -1,22 +1,19 @@
-"""Converts the published kinds of Stable Diffusion 1.x, 2.x and SDXL checkpoints to the folder that `txt2img.py` loads.
+"""Converts published Stable Diffusion 1.x, 2.x and SDXL checkpoints to the folder that `txt2img.py` loads.
 
     python convert_weights.py SOURCE OUT_DIR
     python convert_weights.py SOURCE OUT_DIR --reward hps      (or imagereward, clip)
 
-SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`. With
---reward it is a reward model (`reward.py`): start at `convert_reward`. `checkpoint.py` reads the files.
+SOURCE is a Hugging Face folder, or one .safetensors or .ckpt file in the original layout. Start at `convert`; for a
+reward model (`reward.py`), at `convert_reward`. `checkpoint.py` reads the files.
 For each tensor of our modules, `find` gives its name in the source and the transform it needs. Missing and unknown
 tensors are then two differences of sets of names. Only one tensor at a time is in memory.
 Checked against the names and shapes of the published models, diffusers 0.42.1, transformers 5.23, open_clip 3.3.0.
 """
-import contextlib
 import gzip
 import json
 import math
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,7 +23,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import clip_text
@@ -34,10 +31,10 @@ import reward
 import unet
 from checkpoint import FLOATS, Checkpoint, Stored, check_names, joined, json_object, read_checkpoint, read_folder
 from clip_text import TextConfig, TextEncoder
-from command import ArgumentParser, HelpFormatter, InputError, run_command
-from folder import ModelConfig, write_config
+from command import ArgumentParser, HelpFormatter, InputError, replacing, run_command
+from folder import ModelConfig, build, checked, short, write_config
 from reward import ImageConfig, ImageEncoder, ImageRewardConfig, RewardModel
-from sampler import NoiseSchedule
+from sampler import SAMPLERS, NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -59,6 +56,7 @@ REWARDS = {
 }
 MODULES = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": TextEncoder,
            "image_encoder": ImageEncoder, "image_reward": RewardModel}
+POSITIONS = "text_model.embeddings.position_embedding.weight"
 # Tensors that a checkpoint may contain and no model here uses.
 IGNORED = (
     "model_ema.*",                                                           # averaged (EMA) weights: see --ema
@@ -80,10 +78,8 @@ class Origin(NamedTuple):
     transform: Callable[[Tensor], Tensor] | None = None
 
 
-class Match(NamedTuple):
-    """origins: each tensor's origin and shape, by component and name. dropped: unused names, with the rule for each."""
-    origins: dict[str, dict[str, tuple[Origin, torch.Size]]]
-    dropped: dict[str, str]
+Unused = dict[str, list[str]]                                  # by reason: entries of config files
+Origins = dict[str, dict[str, tuple[Origin, torch.Size]]]      # by component and name: the origin, and our shape
 
 
 @dataclass(frozen=True)
@@ -91,20 +87,31 @@ class Summary:
     """What `convert` or `convert_reward` did. The command prints it as text at the end."""
     out_dir: Path
     what: str                          # the model, in a few words
-    counts: dict[str, Counter[str]]    # by component: how many "tensors", how many "renamed", "transformed"
+    origins: Origins
     dropped: dict[str, str]            # by name: the rule by which a tensor was left out
+    unused: Unused | None = None       # entries of config files that the model folder can't express
     unused_ema: bool = False           # the file also holds averaged (EMA) weights
+    sampler: str = ""                  # what the source's scheduler says about the sampler
+
+    def counts(self, part: str) -> dict[str, int]:
+        """How many tensors a component has, and how many of them were renamed or transformed."""
+        pairs = [(name, origin) for name, (origin, _) in self.origins[part].items()]
+        return {"tensors": len(pairs), "renamed": sum(not origin.key.endswith(name) for name, origin in pairs),
+                "transformed": sum(origin.transform is not None for _, origin in pairs)}
 
     def __str__(self) -> str:
         lines = [f"{self.out_dir}: {self.what}"]
-        lines += [f"{part:15} {n['tensors']:5} tensors, {n['renamed']:5} renamed, {n['transformed']:4} transformed"
-                  for part, n in self.counts.items()]
+        lines += ["{:15} {tensors:5} tensors, {renamed:5} renamed, {transformed:4} transformed".format(
+            part, **self.counts(part)) for part in self.origins]
         runs = Counter(self.dropped.values())
         names = {f"{rule} ({runs[rule]})" if runs[rule] > 3 else name for name, rule in self.dropped.items()}
         lines.append(f"dropped {len(self.dropped)}{': ' if names else ''}{', '.join(sorted(names))}")
         lines.append("left 0")         # an unknown tensor has raised InputError
         if self.unused_ema:
             lines.append("note: these are the plain weights; the file also holds averaged ones, see --ema")
+        lines += [f"not used: {reason}: {', '.join(entries)}" for reason, entries in (self.unused or {}).items()]
+        if self.sampler:
+            lines.append(f"made for {self.sampler}")
         return "\n".join(lines)
 
 
@@ -121,30 +128,37 @@ def convert(source: str | Path, out_dir: str | Path, *, prediction: str | None =
     """
     source, out_dir = Path(source), Path(out_dir)
     check_empty(out_dir)
-    configs = source if config is None else Path(config)
+    configs, unused = source if config is None else Path(config), {}
     if source.is_dir():
-        model = hf_config(configs, prediction)
-        parts = components(configs_of(model))
-        given = joined(source, [(f"{part}/", read_folder(source / part)) for part in parts])
-        layout = {part: (f"{part}/", {}) for part in parts}
+        model, sampler = hf_config(configs, prediction, unused)
+        given = joined(source, [(f"{part}/", read_folder(source / part)) for part in model.parts])
+        layout = {part: (f"{part}/", {}) for part in model.parts}
     else:
         given = read_checkpoint(source)
         family = detect(given)
-        model = family_config(family, prediction, source) if config is None else hf_config(configs, prediction)
+        if config is None:
+            model, sampler = family_config(family, prediction, source), "an unknown sampler: a single file names none"
+        else:
+            model, sampler = hf_config(configs, prediction, unused)
         if model.family != family:
             raise InputError(f"{source} is {family}, but {config} describes {model.family}; give matching config files")
-        parts, layout = components(configs_of(model)), single_file_layout(model)
-
-    if ema and not any(name.startswith("model_ema.diffusion_model") for name in given.tensors):
+        layout = single_file_layout(model)
+    averaged = [name for name in given.tensors if name.startswith("model_ema.")]
+    if ema and not averaged:
         raise InputError(f"{source} holds no averaged weights (model_ema.*); leave --ema out")
-    found = match(parts, layout, given, ignored_by(model, ema), OTHER_WIDTHS, ema)
+    origins, dropped = match(model.parts, layout, given, ignored_by(model, ema), OTHER_WIDTHS, ema)
     own = (source if source.is_dir() else configs) / "tokenizer"
     vocab, merges = read_vocabulary(own if tokenizer is None else Path(tokenizer))
-    model = with_pads(model, vocab, configs)
-    what = f"{model.family}, {model.prediction}, {model.size} pixels"
-    summary = write_folder(out_dir, given, found, build_tokenizer(vocab, merges), model, dtype, what)
-    averaged = sum(name.startswith("model_ema.") for name in given.tensors)
-    return replace(summary, unused_ema=not ema and averaged >= 100)
+    model = with_tokenizers(model, vocab, merges, configs, unused)
+    for part in origins.keys() & {"text_encoder", "text_encoder_2"}:         # shorter texts need fewer positions
+        (key, _), shape = origins[part][POSITIONS]
+        length = model.parts[part].length
+        if length < shape[0]:
+            origins[part][POSITIONS] = Origin(key, partial(torch.narrow, dim=0, start=0, length=length)), torch.Size(
+                (length, shape[1]))
+    write_folder(out_dir, given, origins, build_tokenizer(vocab, merges), model, dtype)
+    return Summary(out_dir, f"{model.family}, {model.prediction}, {model.size} pixels", origins, dropped, unused,
+                   not ema and len(averaged) >= 100, sampler)
 
 
 def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokenizer: str | Path | None = None,
@@ -168,18 +182,14 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
         configs, given = hf_clip(source), read_folder(source)
     else:
         given = read_checkpoint(source)
-        check_kind(given, kind)
+        check_reward(given, kind)
         if kind == "clip" and config is None:
             raise InputError(f"{source} doesn't say how many heads its towers have; give the model's "
                              "open_clip_config.json with --config")
         configs = REWARDS[kind] if config is None else openclip_config(Path(config))
-    parts = components(configs)
-    names = {} if source.is_dir() or kind == "imagereward" else {
-        "text_encoder": openclip_names(configs["text_encoder"]),
-        "image_encoder": openclip_image_names(configs["image_encoder"])}
-    layout = {part: ("", names.get(part, {})) for part in parts}
-    found = match(parts, layout, given, REWARD_IGNORED, OTHER_WIDTHS if names else "download it again")
-
+    renames = not source.is_dir() and kind != "imagereward"
+    layout = {part: ("", openclip_names(config) if renames else {}) for part, config in configs.items()}
+    origins, dropped = match(configs, layout, given, REWARD_IGNORED, OTHER_WIDTHS if renames else "download it again")
     if tokenizer is None and not source.is_dir():
         wanted = ("BERT's vocab.txt (that of bert-base-uncased)" if kind == "imagereward" else
                   "a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz")
@@ -190,28 +200,14 @@ def convert_reward(source: str | Path, out_dir: str | Path, kind: str, *, tokeni
     size, knows = built.get_vocab_size(), next(iter(configs.values())).vocab
     if size != knows:
         raise InputError(f"{words} has {size} tokens, but the text tower has {knows}; pass the model's own --tokenizer")
-    total = sum(math.prod(shape) for part in found.origins.values() for _, shape in part.values())
-    return write_folder(out_dir, given, found, built, configs, dtype, f"{kind}, {total:,} parameters")
+    write_folder(out_dir, given, origins, built, configs, dtype)
+    total = sum(math.prod(shape) for part in origins.values() for _, shape in part.values())
+    return Summary(out_dir, f"{kind}, {total:,} parameters", origins, dropped)
 
 
 def check_empty(out_dir: Path) -> None:
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir} exists and isn't empty; remove it or choose another OUT_DIR")
-
-
-def configs_of(model: ModelConfig) -> dict[str, Any]:
-    """The configurations of a model's components, by name."""
-    configs = {part: getattr(model, part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    return {part: config for part, config in configs.items() if config is not None}
-
-
-def components(configs: dict[str, Any]) -> dict[str, nn.Module]:
-    """The modules of a model or reward, on the meta device: the tensors to write have their names and shapes."""
-    try:
-        with torch.device("meta"):
-            return {part: MODULES[part](config) for part, config in configs.items()}
-    except (LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"no model can be built from the config files ({error}); check them") from None
 
 
 def ignored_by(model: ModelConfig, ema: bool = False) -> list[str]:
@@ -220,27 +216,38 @@ def ignored_by(model: ModelConfig, ema: bool = False) -> list[str]:
             *(["model.diffusion_model.*"] if ema else [])]
 
 
-def match(parts: dict[str, nn.Module], layout: dict[str, tuple[str, dict[str, str]]], given: Checkpoint,
-          ignored: Iterable[str], remedy: str, ema: bool = False) -> Match:
-    """The origin of every tensor; InputError for one that is missing, unknown, quantised or of a wrong shape.
+def match(configs: dict[str, Any], layout: dict[str, tuple[str, dict[str, str]]], given: Checkpoint,
+          ignored: Iterable[str], remedy: str, ema: bool = False) -> tuple[Origins, dict[str, str]]:
+    """The origin of every tensor, and the names that are dropped, with the rule for each.
 
+    InputError for a tensor that is missing, unknown, quantised or of a wrong shape.
     layout: by component, its names' prefix in the source, and names that differ. remedy: advice for a wrong shape
     """
-    origins = {part: {name: (find(name, *layout[part], given.tensors), tensor.shape)
-                      for name, tensor in module.state_dict().items()} for part, module in parts.items()}
+    origins = {part: {name: (find(name, *layout[part], given.tensors), tensor.shape) for name, tensor in
+                      build(MODULES[part], config, "check its config files").state_dict().items()}
+               for part, config in configs.items()}
     if ema:
         origins["unet"] = {name: (Origin("model_ema." + origin.key.removeprefix("model.").replace(".", "")), shape)
                            for name, (origin, shape) in origins["unet"].items()}
+    for name in given.tensors:
+        kind = next((kind for mark, kind in QUANTISED.items() if name.endswith(mark)), None)
+        if kind is not None:
+            raise InputError(f"{given.path} is quantised ({kind}: it holds {name}); {NOT_QUANTISED}")
     every = [pair for named in origins.values() for pair in named.values()]
     keys = {origin.key for origin, _ in every}
-    dropped = {name: rule for name in given.tensors if name not in keys for rule in ignored if fnmatchcase(name, rule)}
+    dropped = {name: name for name in given.others}
+    dropped |= {name: rule for name in given.tensors if name not in keys for rule in ignored if fnmatchcase(name, rule)}
     for origin, shape in every:
         if origin.key in given.tensors:
             check_tensor(origin, given, shape, remedy)
     check_names([name for name in given.tensors if name not in dropped], sorted(keys), str(given.path))
-    return Match(origins, dropped)
+    return origins, dropped
 
 
+# Ends of the names of tensors that only quantised checkpoints hold.
+QUANTISED = {".SCB": "bitsandbytes, 8 bits", ".absmax": "bitsandbytes, 4 bits", ".qweight": "GPTQ or AWQ",
+             ".scale_weight": "scaled float8", "scaled_fp8": "scaled float8", "._data": "quanto"}
+NOT_QUANTISED = "get a version in float16, bfloat16 or float32"
 OTHER_WIDTHS = "if this is a model with other widths, give its config files with --config"
 
 
@@ -248,7 +255,8 @@ def check_tensor(origin: Origin, given: Checkpoint, shape: torch.Size, remedy: s
     """InputError unless the stored tensor is floating point and its transform gives it the wanted shape."""
     have = given.tensors[origin.key]
     if have.dtype not in FLOATS.values():
-        raise InputError(f"{given.path}: {origin.key} is not floating point; get a version that isn't quantised")
+        kind = str(have.dtype).removeprefix("torch.")
+        raise InputError(f"{given.path}: {origin.key} is quantised ({kind}, not floating point); {NOT_QUANTISED}")
     try:
         result = torch.empty(have.shape, device="meta")
         result = result if origin.transform is None else origin.transform(result)
@@ -260,43 +268,47 @@ def check_tensor(origin: Origin, given: Checkpoint, shape: torch.Size, remedy: s
 
 # ---- what the source is ----
 
+# What a single file can be, by a part of its tensors' names; a line break stands for the beginning of a name.
+KINDS = {
+    "\nmodel.diffusion_model.input_blocks.0.0.weight": "a Stable Diffusion model: leave out --reward",
+    "\nln_final.weight": "a CLIP of OpenCLIP: --reward clip, or hps if it is HPSv2's",
+    "\nblip.visual_encoder.cls_token": "ImageReward: --reward imagereward",
+    "\nvision_model.post_layernorm.weight": "a CLIP of Hugging Face: give its folder, with --reward clip",
+    "lora": "a LoRA", "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "control_model.": "a ControlNet",
+    "decoder.": "an autoencoder alone", "text_model.": "a text encoder alone",
+    "down_blocks.": "one part of a Hugging Face folder: give the folder",
+}
+
+
+def kind_of(given: Checkpoint) -> str:
+    names = "\n" + "\n".join(given.tensors)
+    first = next(iter(given.tensors), "absent")
+    return next((f"it is {kind}" for text, kind in KINDS.items() if text in names), f"its first tensor is {first}")
+
+
 def detect(given: Checkpoint) -> str:
     """The family of a single file, from its tensors' names; InputError if it is something else."""
-    def has(text: str) -> bool:
-        return any(text in name for name in given.tensors)
-
     source, conv_in = given.path, given.tensors.get("model.diffusion_model.input_blocks.0.0.weight")
     if conv_in is None:
-        kinds = {"lora": "a LoRA", "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux",
-                 "control_model.": "a ControlNet", "decoder.": "an autoencoder alone",
-                 "text_model.": "a text encoder alone",
-                 "down_blocks.": "one part of a Hugging Face folder: give the folder"}
-        first = next(iter(given.tensors), "absent")
-        kind = next((kind for text, kind in kinds.items() if has(text)), f"its first tensor is {first}")
-        raise InputError(f"{source} is not a whole SD 1.x, 2.x or SDXL model in the original layout ({kind})")
+        raise InputError(f"{source} is not a whole SD 1.x, 2.x or SDXL model in the original layout ({kind_of(given)})")
     check_inputs(conv_in.shape[1] if len(conv_in.shape) == 4 else 4, source)
-    if has("conditioner.embedders.0.model.") and not has("conditioner.embedders.1."):
+    texts = {"sdxl": "conditioner.embedders.1.", "sd21": "cond_stage_model.model.",
+             "sd15": "cond_stage_model.transformer.", "refiner": "conditioner.embedders.0.model."}
+    found = [family for family, text in texts.items() if any(name.startswith(text) for name in given.tensors)]
+    if found[:1] == ["refiner"]:
         raise InputError(f"{source} is the SDXL refiner, which isn't supported; give the SDXL base model")
-    for text, family in {"conditioner.embedders.1.": "sdxl", "cond_stage_model.model.": "sd21",
-                         "cond_stage_model.transformer.": "sd15"}.items():
-        if has(text):
-            return family
-    raise InputError(f"{source} has no text encoder (cond_stage_model.* or conditioner.*); get the complete model")
+    if not found:
+        raise InputError(f"{source} has no text encoder (cond_stage_model.* or conditioner.*); get the complete model")
+    return found[0]
 
 
-def check_kind(given: Checkpoint, kind: str) -> None:
+def check_reward(given: Checkpoint, kind: str) -> None:
     """InputError unless a file has the tensor names of this kind of reward."""
-    marks = {"ln_final.weight": ("hps", "clip"), "blip.visual_encoder.cls_token": ("imagereward",)}
-    if any(kind in kinds and name in given.tensors for name, kinds in marks.items()):
-        return
-    names = {"ln_final.weight": "it is a CLIP of OpenCLIP: --reward clip, or hps if it is HPSv2's",
-             "blip.visual_encoder.cls_token": "it is ImageReward: --reward imagereward",
-             "vision_model.post_layernorm.weight": "it is a CLIP of Hugging Face: give its folder, with --reward clip",
-             "model.diffusion_model.input_blocks.0.0.weight": "it is a Stable Diffusion model: leave out --reward"}
-    first = next(iter(given.tensors), "absent")
-    found = next((text for name, text in names.items() if name in given.tensors), f"its first tensor is {first}")
-    wanted = {"hps": "HPSv2 in OpenCLIP's layout", "clip": "a CLIP in OpenCLIP's layout", "imagereward": "ImageReward"}
-    raise InputError(f"{given.path} is not {wanted[kind]} ({found})")
+    wanted, mark = {"hps": ("HPSv2 in OpenCLIP's layout", "ln_final.weight"),
+                    "clip": ("a CLIP in OpenCLIP's layout", "ln_final.weight"),
+                    "imagereward": ("ImageReward", "blip.visual_encoder.cls_token")}[kind]
+    if mark not in given.tensors:
+        raise InputError(f"{given.path} is not {wanted} ({kind_of(given)})")
 
 
 def check_inputs(channels: int, where: Path) -> None:
@@ -314,81 +326,179 @@ def family_config(family: str, prediction: str | None, source: Path) -> ModelCon
     return replace(model, size=512) if (family, prediction) == ("sd21", "epsilon") else model
 
 
-def require(path: Path, data: dict[str, Any], **wanted: Any) -> None:
-    """InputError if a config asks for something that our modules don't do. A missing entry counts as the wanted one."""
-    for name, value in wanted.items():
-        if data.get(name, value) != value:
-            raise InputError(f"{path}: {name} is {data[name]!r}, only {value!r} is supported; use another model")
+# ---- config files: an entry is obeyed, or refused, or named as not used ----
+
+ANOTHER = "use another model"
 
 
-def hf_config(folder: Path, prediction: str | None) -> ModelConfig:
-    """Our config, from those of a Hugging Face folder. It has the family's pad ids until `with_pads` sets its own."""
+class Fields(NamedTuple):
+    """How the entries of one kind of config file are treated. Entries that stand nowhere are named as not used."""
+    obeyed: str                                  # names that the code below reads, or checks
+    only: dict[str, tuple]                       # refused unless it is one of these; a missing entry counts as legal
+    unused: dict[str, tuple]                     # named as not used unless it is one of these, which change nothing
+    inert: str                                   # can't change a picture
+
+
+UNET = Fields(
+    "in_channels out_channels block_out_channels layers_per_block down_block_types up_block_types attention_head_dim "
+    "transformer_layers_per_block cross_attention_dim use_linear_projection upcast_attention norm_num_groups "
+    "addition_embed_type addition_time_embed_dim projection_class_embeddings_input_dim sample_size",
+    {"_class_name": ("UNet2DConditionModel",), "act_fn": ("silu", "swish"), "attention_type": ("default",),
+     "center_input_sample": (False,), "class_embed_type": (None,), "class_embeddings_concat": (False,),
+     "conv_in_kernel": (3,), "conv_out_kernel": (3,), "cross_attention_norm": (None,), "downsample_padding": (1,),
+     "dual_cross_attention": (False,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
+     "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_only_cross_attention": (None, False),
+     "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "norm_eps": (1e-5,),
+     "num_attention_heads": (None,), "num_class_embeds": (None,), "only_cross_attention": (False,),
+     "quantization_config": (None,), "resnet_out_scale_factor": (1,), "resnet_skip_time_act": (False,),
+     "resnet_time_scale_shift": ("default",), "reverse_transformer_layers_per_block": (None,),
+     "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,), "time_embedding_dim": (None,),
+     "time_embedding_type": ("positional",), "timestep_post_act": (None,)},
+    {}, "dropout addition_embed_type_num_heads")
+AUTOENCODER = Fields(
+    "block_out_channels down_block_types up_block_types layers_per_block latent_channels norm_num_groups "
+    "scaling_factor force_upcast",
+    {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,),
+     "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+     "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,), "quantization_config": (None,)},
+    {}, "sample_size")
+TEXT = Fields(
+    "vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "projection_dim eos_token_id",
+    {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,), "use_attention_mask": (False, None),
+     "quantization_config": (None,)},
+    {}, "architectures attention_dropout bos_token_id chunk_size_feed_forward dropout dtype id2label "
+    "initializer_factor initializer_range is_encoder_decoder label2id output_attentions output_hidden_states "
+    "pad_token_id problem_type return_dict torch_dtype transformers_version")
+TOKENIZER = Fields(
+    "model_max_length max_len pad_token added_tokens_decoder",
+    {"bos_token": ("<|startoftext|>",), "eos_token": ("<|endoftext|>",), "padding_side": ("right",),
+     "truncation_side": ("right",), "add_bos_token": (True, None), "add_eos_token": (True, None),
+     "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast")},
+    {"do_lower_case": (True,), "add_prefix_space": (False,), "split_special_tokens": (False,),
+     **dict.fromkeys(("additional_special_tokens", "cls_token", "extra_special_tokens", "mask_token",
+                      "model_specific_special_tokens", "sep_token"), (None, [], {}))},
+    "backend chat_control_tokens chat_template clean_up_tokenization_spaces "
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output errors files_loaded is_local merges "
+    "model_input_names name_or_path processor_class response_schema response_template special_tokens_map_file "
+    "tokenizer_file unk_token use_fast verbose vocab")
+SCHEDULER = Fields(
+    "_class_name beta_start beta_end beta_schedule num_train_timesteps steps_offset set_alpha_to_one timestep_spacing "
+    "prediction_type clip_sample",
+    {"trained_betas": (None,), "rescale_betas_zero_snr": (False,), "thresholding": (False,),
+     "use_flow_sigmas": (False,), "use_dynamic_shifting": (False,), "timestep_type": ("discrete",),
+     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")},
+    {"algorithm_type": ("dpmsolver++", "deis", "data_prediction"), "corrector_order": (2,), "disable_corrector": ([],),
+     "euler_at_final": (False,), "final_sigmas_type": ("zero",), "interpolation_type": ("linear",),
+     "lambda_min_clipped": (-math.inf, "-inf"), "lower_order_final": (True,), "original_inference_steps": (50,),
+     "predict_x0": (True,), "predictor_order": (2,), "sigma_max": (None,), "sigma_min": (None,),
+     "skip_prk_steps": (True,), "solver_order": (2,), "solver_p": (None,), "solver_type": ("midpoint", "bh2", "logrho"),
+     "tau_func": (None,), "timestep_scaling": (10,), "use_beta_sigmas": (False,), "use_exponential_sigmas": (False,),
+     "use_karras_sigmas": (False,), "use_lu_lambdas": (False,)},
+    # these act only together with entries that are refused above
+    "clip_sample_range dynamic_thresholding_ratio flow_shift sample_max_value shift_terminal time_shift_type")
+# The schedulers of models with these noise schedules, and our name of their solver where there is one.
+SCHEDULERS = {
+    "DDIMScheduler": "ddim", "DDIMParallelScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++2m",
+    "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a", "HeunDiscreteScheduler": "heun",
+    **dict.fromkeys(("DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
+                     "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
+                     "PNDMScheduler", "SASolverScheduler", "UniPCMultistepScheduler"))}
+
+
+def heed(path: Path, data: dict[str, Any], fields: Fields, unused: Unused, reason: str = "") -> None:
+    """Treat the entries of a config file; those that are not used are added to `unused` under this reason."""
+    require(path, data, fields.only)
+    known = {*fields.obeyed.split(), *fields.inert.split(), *fields.only}
+    for name, value in data.items():
+        if name not in known and not name.startswith("_") and value not in fields.unused.get(name, ()):
+            unused.setdefault(reason or f"{path.parent.name}/{path.name}", []).append(f"{name} {short(value)}")
+
+
+def require(path: Path, data: dict[str, Any], only: dict[str, tuple]) -> None:
+    """InputError if a config asks for something that our modules don't do."""
+    for name, legal in only.items():
+        if name in data and data[name] not in legal and single(data[name]) not in legal:
+            raise InputError(f"{path}: {name} is {short(data[name])}, only {' or '.join(map(repr, legal))} is "
+                             f"supported; {ANOTHER}")
+
+
+def single(value: Any) -> Any:
+    """A list of equal entries, which diffusers takes for one entry per level, as this entry."""
+    return value[0] if isinstance(value, list) and value and all(entry == value[0] for entry in value) else value
+
+
+def hf_config(folder: Path, prediction: str | None, unused: Unused) -> tuple[ModelConfig, str]:
+    """Our config, from those of a Hugging Face folder, and what its scheduler says about the sampler.
+
+    Pad ids and lengths are set by `with_tokenizers`.
+    """
     if not (folder / "unet").is_dir():
         transformer = (folder / "transformer").is_dir()
         has = "a transformer (Stable Diffusion 3, Flux)" if transformer else "no folder unet"
         raise InputError(f"{folder} has {has}; give the Hugging Face folder of an SD 1.x, 2.x or SDXL model")
-    unet, latents = hf_unet(folder / "unet" / "config.json")
-    vae = hf_vae(folder / "vae" / "config.json")
+    unet, latents = hf_unet(folder / "unet" / "config.json", unused)
     family = "sdxl" if unet.add_dim else "sd21" if unet.linear_proj else "sd15"
     usual, second, zeros = FAMILIES[family], None, False
+    vae = hf_vae(folder / "vae" / "config.json", usual.vae, unused)
     if family == "sdxl":
         if not (folder / "text_encoder").is_dir() or not (folder / "text_encoder_2").is_dir():
             raise InputError(f"{folder} is the SDXL refiner (one of SDXL's two text encoders isn't there), which "
                              f"isn't supported; give the SDXL base model")
-        second = hf_text(folder / "text_encoder_2" / "config.json", usual.text_encoder_2)
+        second = hf_text(folder / "text_encoder_2" / "config.json", usual.text_encoder_2, unused)
         with json_object(folder / "model_index.json") as data:
             zeros = bool(data.get("force_zeros_for_empty_prompt", True))
         if unet.add_dim != second.projection + 6 * unet.add_time_dim:
             raise InputError(f"{folder}: the U-Net's added condition is {unet.add_dim} wide, not SDXL's pooled "
                              f"text and six sizes ({second.projection} + 6 * {unet.add_time_dim})")
-    text = hf_text(folder / "text_encoder" / "config.json", usual.text_encoder)
-    schedule, stated = hf_schedule(folder / "scheduler" / "scheduler_config.json")
-    size = latents * vae.factor if isinstance(latents, int) else usual.size
-    return ModelConfig(family, prediction or stated, size, schedule, unet, vae, text, second, zeros)
+    text = hf_text(folder / "text_encoder" / "config.json", usual.text_encoder, unused)
+    schedule, stated, sampler = hf_schedule(folder / "scheduler" / "scheduler_config.json", family, unused)
+    size = usual.size if latents is None else latents * vae.factor
+    model = ModelConfig(family, prediction or stated, size, schedule, unet, vae, text, second, zeros)
+    return checked(model, str(folder), ANOTHER), sampler
 
 
-def hf_unet(path: Path) -> tuple[UNetConfig, int | None]:
+def hf_unet(path: Path, unused: Unused) -> tuple[UNetConfig, int | None]:
     """Our config from unet/config.json, and the native latent size, which that file states too."""
     with json_object(path) as data:
+        heed(path, data, UNET, unused)
         check_inputs(data["in_channels"], path)
         channels, kinds = data["block_out_channels"], data["down_block_types"]
-        added = data.get("addition_embed_type")
-        require(path, data, act_fn="silu", attention_type="default", center_input_sample=False, conv_in_kernel=3,
-                class_embed_type=None, conv_out_kernel=3, cross_attention_norm=None, downsample_padding=1,
-                dual_cross_attention=False, encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True,
-                freq_shift=0, mid_block_only_cross_attention=None, mid_block_scale_factor=1, norm_eps=1e-5,
-                mid_block_type="UNetMidBlock2DCrossAttn", num_attention_heads=None, num_class_embeds=None,
-                only_cross_attention=False, out_channels=data["in_channels"], resnet_out_scale_factor=1.0,
-                resnet_skip_time_act=False, resnet_time_scale_shift="default", time_cond_proj_dim=None,
-                reverse_transformer_layers_per_block=None, time_embedding_act_fn=None, time_embedding_dim=None,
-                time_embedding_type="positional", timestep_post_act=None,
-                addition_embed_type=added and "text_time",
-                up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)])
-        attends = [{"CrossAttnDownBlock2D": True, "DownBlock2D": False}[kind] for kind in kinds]
+        attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+        strange = [kind for kind in kinds if kind not in attends]
+        if strange:
+            raise InputError(f"{path}: down_block_types holds {short(strange[0])}, only {' and '.join(attends)} are "
+                             f"supported; {ANOTHER}")
+        wanted = [kind.replace("Down", "Up") for kind in reversed(kinds)]
+        require(path, data, {"out_channels": (data["in_channels"],), "addition_embed_type": (None, "text_time"),
+                             "up_block_types": (wanted,)})
         # "attention_head_dim" is the number of heads: a misnomer that all published files have kept
         depth, heads = (tuple(value) if isinstance(value, list) else (value,) * len(channels) for value in
                         (data.get("transformer_layers_per_block", 1), data["attention_head_dim"]))
         config = UNetConfig(
-            data["in_channels"], tuple(channels), data["layers_per_block"],
-            tuple(n if attend else 0 for n, attend in zip(depth, attends, strict=True)), depth[-1], heads,
-            data["cross_attention_dim"], bool(data.get("use_linear_projection")),
+            data["in_channels"], tuple(channels), single(data["layers_per_block"]),
+            tuple(n if attends[kind] else 0 for n, kind in zip(depth, kinds, strict=True)), depth[-1], heads,
+            single(data["cross_attention_dim"]), bool(data.get("use_linear_projection")),
             bool(data.get("upcast_attention")), groups=data.get("norm_num_groups", 32))
-        if added:
+        if data.get("addition_embed_type"):
             config = replace(config, add_dim=data["projection_class_embeddings_input_dim"],
                              add_time_dim=data["addition_time_embed_dim"])
-        return config, data.get("sample_size")
+        latents = single(data.get("sample_size"))
+        if not isinstance(latents, int | None):
+            raise InputError(f"{path}: sample_size is {short(latents)}, only one number is supported; {ANOTHER}")
+        return checked(config, str(path), ANOTHER), latents
 
 
-def hf_vae(path: Path) -> VAEConfig:
+def hf_vae(path: Path, usual: VAEConfig, unused: Unused) -> VAEConfig:
     with json_object(path) as data:
+        heed(path, data, AUTOENCODER, unused)
         levels = len(data["block_out_channels"])
-        require(path, data, act_fn="silu", in_channels=3, out_channels=3, mid_block_add_attention=True,
-                down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-                use_quant_conv=True, use_post_quant_conv=True, shift_factor=None, latents_mean=None,
-                latents_std=None)
-        return VAEConfig(tuple(data["block_out_channels"]), data["layers_per_block"], data["latent_channels"],
-                         data.get("norm_num_groups", 32), data.get("scaling_factor", VAEConfig.scaling),
-                         bool(data.get("force_upcast", False)))
+        require(path, data, {"down_block_types": (["DownEncoderBlock2D"] * levels,),
+                             "up_block_types": (["UpDecoderBlock2D"] * levels,)})
+        config = VAEConfig(tuple(data["block_out_channels"]), single(data["layers_per_block"]), data["latent_channels"],
+                           data.get("norm_num_groups", 32), data.get("scaling_factor", VAEConfig.scaling),
+                           bool(data.get("force_upcast", usual.force_upcast)))
+        return checked(config, str(path), ANOTHER)
 
 
 TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -396,13 +506,17 @@ TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidde
 IMAGE_SIZES = ("image_size", "patch_size", *TEXT_SIZES[2:])            # in the order of ImageConfig
 
 
-def hf_text(path: Path, usual: TextConfig) -> TextConfig:
+def hf_text(path: Path, usual: TextConfig, unused: Unused) -> TextConfig:
     """Our config from text_encoder/config.json. Which output the U-Net uses isn't stated there: `usual` decides."""
     with json_object(path) as data:
-        gelu = "gelu" if data["hidden_act"] == "gelu" else "quick_gelu"
-        require(path, data, model_type="clip_text_model", layer_norm_eps=1e-5, hidden_act=gelu)
-        return TextConfig(*(data[name] for name in TEXT_SIZES), gelu, usual.output,
-                          data["projection_dim"] if usual.projection else None, usual.pad)
+        heed(path, data, TEXT, unused)
+        require(path, data, {"hidden_act": ("quick_gelu", "gelu")})
+        if usual.projection:                         # 2 stands for the largest id, here too the end token's
+            require(path, {"eos_token_id": 49407} | data, {"eos_token_id": (2, data["vocab_size"] - 1)})
+        config = TextConfig(*(data[name] for name in TEXT_SIZES), data["hidden_act"], usual.output,
+                            data["projection_dim"] if usual.projection else None,
+                            min(usual.pad, data["vocab_size"] - 1))
+        return checked(config, str(path), ANOTHER)
 
 
 def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
@@ -411,27 +525,20 @@ def hf_clip(folder: Path) -> dict[str, TextConfig | ImageConfig]:
     usual_text = both | dict(zip(TEXT_SIZES, (49408, 77, 512, 12, 8, 2048)))
     usual_image = both | dict(zip(IMAGE_SIZES, (224, 32, 768, 12, 12, 3072)))
     with json_object(path) as data:
-        require(path, data, model_type="clip")
+        require(path, data, {"model_type": ("clip",)})
         text, image = usual_text | data["text_config"], usual_image | data["vision_config"]
         for entries in (text, image):
-            gelu = "gelu" if entries["hidden_act"] == "gelu" else "quick_gelu"
-            require(path, entries, layer_norm_eps=1e-5, hidden_act=gelu, num_channels=3)
+            require(path, entries, {"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu"),
+                                    "num_channels": (3,)})
         width = data.get("projection_dim", 512)
         # attention is causal: the end token's vector does not depend on the padding after it
         text = TextConfig(*(text[name] for name in TEXT_SIZES), text["hidden_act"], projection=width, pad=0)
         image = ImageConfig(*(image[name] for name in IMAGE_SIZES), image["hidden_act"], width)
-        check_heads(text, image)
     colors = folder / "preprocessor_config.json"
     if colors.is_file():
         with json_object(colors) as data:
             image = replace(image, mean=tuple(data["image_mean"]), std=tuple(data["image_std"]))
-    return {"text_encoder": text, "image_encoder": image}
-
-
-def check_heads(*towers: TextConfig | ImageConfig) -> None:
-    for tower in towers:
-        if tower.width % tower.heads:
-            raise ValueError(f"a width of {tower.width} can't be shared by {tower.heads} heads")
+    return {"text_encoder": checked(text, str(path), ANOTHER), "image_encoder": checked(image, str(path), ANOTHER)}
 
 
 def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
@@ -439,13 +546,14 @@ def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
     with json_object(path) as data:
         colors, model = data.get("preprocess_cfg", {}), data.get("model_cfg", data)
         text, image = model["text_cfg"], model["vision_cfg"]
-        require(path, colors, resize_mode="shortest", interpolation="bicubic")
-        require(path, model, custom_text=False)
-        require(path, text, hf_model_name=None, no_causal_mask=False, embed_cls=False, proj_bias=False,
-                pool_type="argmax", proj_type="linear", ls_init_value=None, norm_kwargs=None, act_kwargs=None)
-        require(path, image, timm_model_name=None, attentional_pool=False, no_ln_pre=False, pool_type="tok",
-                pos_embed_type="learnable", final_ln_after_pool=False, ls_init_value=None, norm_kwargs=None,
-                act_kwargs=None)
+        require(path, colors, {"resize_mode": ("shortest",), "interpolation": ("bicubic",)})
+        require(path, model, {"custom_text": (False,)})
+        both = dict.fromkeys(("hf_model_name", "timm_model_name", "ls_init_value", "norm_kwargs", "act_kwargs"),
+                             (None,))
+        require(path, text, both | dict.fromkeys(("no_causal_mask", "embed_cls", "proj_bias"), (False,)) |
+                {"pool_type": ("argmax",), "proj_type": ("linear",)})
+        require(path, image, both | dict.fromkeys(("attentional_pool", "no_ln_pre", "final_ln_after_pool"), (False,)) |
+                {"pool_type": ("tok",), "pos_embed_type": ("learnable",)})
         gelu, width = "quick_gelu" if model.get("quick_gelu") else "gelu", model["embed_dim"]
         text = TextConfig(text["vocab_size"], text["context_length"], text["width"], text["layers"], text["heads"],
                           int(text["width"] * text.get("mlp_ratio", 4)), gelu, projection=width, pad=0)
@@ -453,21 +561,43 @@ def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
                             image["width"] // image.get("head_width", 64),
                             int(image["width"] * image.get("mlp_ratio", 4)), gelu, width,
                             tuple(colors.get("mean", ImageConfig.mean)), tuple(colors.get("std", ImageConfig.std)))
-        check_heads(text, image)
-        return {"text_encoder": text, "image_encoder": image}
+        return {"text_encoder": checked(text, str(path), ANOTHER), "image_encoder": checked(image, str(path), ANOTHER)}
 
 
-def hf_schedule(path: Path) -> tuple[NoiseSchedule, str]:
-    """Our schedule, and what the U-Net predicts. Missing entries have the defaults of diffusers' DDIMScheduler."""
+def hf_schedule(path: Path, family: str, unused: Unused) -> tuple[NoiseSchedule, str, str]:
+    """Our schedule, what the U-Net predicts, and the sampler that the file names. Missing entries have the defaults of
+    diffusers' DDIMScheduler; where its pipelines of SD 1.x and 2.x set an entry, so do we."""
     with json_object(path) as data:
-        require(path, data, beta_schedule="scaled_linear", trained_betas=None, rescale_betas_zero_snr=False)
-        stated = data.get("prediction_type", "epsilon")
-        if stated != "v_prediction":
-            require(path, data, prediction_type="epsilon")
-        schedule = NoiseSchedule(data["beta_start"], data["beta_end"], data["num_train_timesteps"],
-                                 data.get("steps_offset", 0), data.get("set_alpha_to_one", True),
-                                 data.get("timestep_spacing"))
-        return schedule, stated.removesuffix("_prediction")
+        kind = data.get("_class_name")
+        if kind not in {None, *SCHEDULERS}:
+            few = "is for few-step models, which need a sampler that isn't here"
+            reason = next((text for word, text in {
+                "EDM": "is for models trained with EDM's noise levels", "Flow": "is for flow matching models",
+                "LCM": few, "TCD": few}.items() if word in str(kind)), "is none of the supported schedulers")
+            raise InputError(f"{path}: {short(kind)} {reason}; {ANOTHER}")
+        forced = {"steps_offset": 1, "clip_sample": False} if family != "sdxl" else {}
+        for name, value in forced.items():
+            if data.get(name, value) != value:
+                unused.setdefault("diffusers' pipelines ignore it too", []).append(f"{name} {short(data[name])}")
+        if (data | forced).get("clip_sample", str(kind).startswith("DD")):   # the default of DDIM and DDPM
+            absent = "" if "clip_sample" in data else f" (the default of {kind})"
+            raise InputError(f"{path}: clip_sample is true{absent}, which would clip the latents and isn't supported; "
+                             "set it to false, as the published models do")
+        data |= forced
+        heed(path, data, SCHEDULER, unused, "--sampler decides")
+        require(path, data, {"beta_schedule": ("scaled_linear", "linear"),
+                             "prediction_type": ("epsilon", "v_prediction"),
+                             "timestep_spacing": (None, "leading", "linspace", "trailing")})
+        schedule = NoiseSchedule(
+            data.get("beta_start", 0.0001), data.get("beta_end", 0.02), data.get("num_train_timesteps", 1000),
+            data.get("steps_offset", 0), data.get("set_alpha_to_one", True), data.get("timestep_spacing"),
+            data.get("beta_schedule", "linear"))
+        solver = SCHEDULERS.get(kind)
+        solver = f"{solver}-karras" if data.get("use_karras_sigmas") and f"{solver}-karras" in SAMPLERS else solver
+        sampler = (f"{kind}: --sampler {solver}" if solver else f"{kind}, which isn't here: choose a --sampler" if kind
+                   else "an unknown sampler: scheduler_config.json names none")
+        stated = data.get("prediction_type", "epsilon").removesuffix("_prediction")
+        return checked(schedule, str(path), ANOTHER), stated, sampler
 
 
 # ---- where each tensor comes from ----
@@ -485,17 +615,14 @@ def find(name: str, prefix: str, names: dict[str, str], stored: dict[str, Stored
     bare = key.removeprefix("text_model.")           # names in text encoders saved by transformers 5.6 and later
     key = next((prefix + k for k in (key, old, bare) if prefix + k in stored), prefix + key)
     if ".attn.in_proj_" in key:                      # OpenCLIP holds queries, keys and values in one tensor
-        return Origin(key, partial(third, "qkv".index(name.split(".self_attn.")[1][0])))
+        i = "qkv".index(name.split(".self_attn.")[1][0])
+        return Origin(key, lambda x: x.tensor_split(3)[i])
     if key.split(".")[-1] in ("text_projection", "proj"):                    # stored transposed
         return Origin(key, torch.t)
     if name.startswith(("encoder.mid_block.attentions.", "decoder.mid_block.attentions.")):
         if key in stored and len(stored[key].shape) > 2:                     # a 1x1 convolution: linear here
             return Origin(key, partial(torch.flatten, start_dim=1))
     return Origin(key)
-
-
-def third(i: int, x: Tensor) -> Tensor:
-    return x.tensor_split(3)[i]
 
 
 def single_file_layout(model: ModelConfig) -> dict[str, tuple[str, dict[str, str]]]:
@@ -555,28 +682,25 @@ def vae_names(config: VAEConfig) -> dict[str, str]:
     return names | resnets | shortcuts
 
 
-def openclip_names(config: TextConfig) -> dict[str, str]:
-    """Our modules' names to OpenCLIP's. `find` handles tensors that differ by more than their names."""
-    names = {"text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
-             "text_model.embeddings.position_embedding.weight": "positional_embedding",
-             "text_projection.weight": "text_projection"}
-    return names | openclip_layers("text_model.encoder.layers", "transformer.resblocks", config.layers)
-
-
-def openclip_image_names(config: ImageConfig) -> dict[str, str]:
-    """The same for the image tower."""
-    names = {"vision_model.embeddings.class_embedding": "visual.class_embedding",
-             "vision_model.embeddings.patch_embedding": "visual.conv1", "visual_projection.weight": "visual.proj",
-             "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-             "vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post"}
-    return names | openclip_layers("vision_model.encoder.layers", "visual.transformer.resblocks", config.layers)
-
-
-def openclip_layers(ours: str, theirs: str, layers: int) -> dict[str, str]:
+def openclip_names(config: TextConfig | ImageConfig) -> dict[str, str]:
+    """Our modules' names to OpenCLIP's, for either tower. Some tensors differ by more than the name: see `find`."""
+    if isinstance(config, TextConfig):
+        ours, theirs = "text_model", ""
+        names = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",
+                 "embeddings.position_embedding.weight": "positional_embedding"}
+        outside = {"text_projection.weight": "text_projection"}
+    else:
+        ours, theirs = "vision_model", "visual."
+        names = {"embeddings.class_embedding": "class_embedding", "embeddings.patch_embedding": "conv1",
+                 "embeddings.position_embedding.weight": "positional_embedding",
+                 "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"}
+        outside = {"visual_projection.weight": "visual.proj"}
     inside = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
               "self_attn.out_proj": "attn.out_proj"}
     inside |= {f"self_attn.{x}_proj.{kind}": f"attn.in_proj_{kind}" for x in "qkv" for kind in ("weight", "bias")}
-    return {f"{ours}.{n}.{a}": f"{theirs}.{n}.{b}" for n in range(layers) for a, b in inside.items()}
+    names |= {f"encoder.layers.{n}.{a}": f"transformer.resblocks.{n}.{b}"
+              for n in range(config.layers) for a, b in inside.items()}
+    return outside | {f"{ours}.{a}": theirs + b for a, b in names.items()}
 
 
 # ---- the tokenizer ----
@@ -668,55 +792,55 @@ def build_word_pieces(vocab: dict[str, int]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def with_pads(model: ModelConfig, vocab: dict[str, int], folder: Path) -> ModelConfig:
-    """Set each text encoder's pad id. Where SD 2.1's two tokenizer files differ, special_tokens_map.json wins."""
-    for part, place in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        text, token = getattr(model, part), None
+def with_tokenizers(model: ModelConfig, vocab: dict[str, int], merges: list[tuple[str, str]], folder: Path,
+                    unused: Unused) -> ModelConfig:
+    """Set each text encoder's pad id and length. Where SD 2.1's two files differ, special_tokens_map.json wins.
+
+    InputError for a vocabulary of another size, for a second one, and for what our tokenizer can't express.
+    """
+    for part, place in (("text_encoder", folder / "tokenizer"), ("text_encoder_2", folder / "tokenizer_2")):
+        text = getattr(model, part)
         if text is None:
             continue
         if text.vocab != len(vocab):
             raise InputError(f"the tokenizer has {len(vocab)} tokens, but {part} has {text.vocab}; pass the model's "
                              f"own --tokenizer")
-        pad = vocab["<|endoftext|>"] if text.pad else 0
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / place / name).is_file():
-                with json_object(folder / place / name) as data:
-                    token = data.get("pad_token") or token
-                    pad = pad if token is None else vocab[token["content"] if isinstance(token, dict) else token]
-        model = replace(model, **{part: replace(text, pad=pad)})
+        stored = any((place / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+        if part == "text_encoder_2" and stored and read_vocabulary(place) != (vocab, merges):
+            raise InputError(f"{place} has another vocabulary than the first tokenizer, which isn't supported; "
+                             f"{ANOTHER}")
+        pad, length = vocab["<|endoftext|>"] if text.pad else 0, text.length
+        for path in [place / "tokenizer_config.json", place / "special_tokens_map.json"]:
+            if path.is_file():
+                with json_object(path) as data:
+                    tokens = {name: token["content"] if isinstance(token, dict) else token
+                              for name, token in data.items() if name.endswith("_token")}
+                    heed(path, data | tokens, TOKENIZER, unused)
+                    added = [token["content"] for token in data.get("added_tokens_decoder", {}).values()]
+                    for token in [*added, *filter(None, [tokens.get("pad_token")])]:
+                        if token not in vocab:
+                            raise InputError(f"{path} adds the token {token!r} to the vocabulary, which isn't "
+                                             f"supported; {ANOTHER}")
+                    pad = vocab[tokens["pad_token"]] if tokens.get("pad_token") else pad
+                    length = min(length, data.get("model_max_length", data.get("max_len")) or length)
+        model = replace(model, **{part: checked(replace(text, pad=pad, length=length), str(place), ANOTHER)})
+    if model.text_encoder_2 is not None and model.text_encoder.length != model.text_encoder_2.length:
+        raise InputError(f"{folder}: the tokenizers' model_max_length differ ({model.text_encoder.length} and "
+                         f"{model.text_encoder_2.length}), which diffusers can't run either; {ANOTHER}")
     return model
 
 
 # ---- writing ----
 
-def write_folder(out_dir: Path, given: Checkpoint, found: Match, tokenizer: tokenizers.Tokenizer, config: Any,
-                 dtype: torch.dtype | None, what: str) -> Summary:
-    """Write all files of a model or reward, or none if there is an error. what: the model, in a few words"""
-    with new_folder(out_dir) as out:
-        for part, origins in found.origins.items():
-            write_safetensors(out / f"{part}.safetensors", origins, given, dtype)
+def write_folder(out_dir: Path, given: Checkpoint, origins: Origins, tokenizer: tokenizers.Tokenizer, config: Any,
+                 dtype: torch.dtype | None) -> None:
+    """Write all files of a model or reward, or none if there is an error."""
+    with replacing(out_dir.absolute()) as out:
+        out.mkdir(parents=True)
+        for part, named in origins.items():
+            write_safetensors(out / f"{part}.safetensors", named, given, dtype)
         tokenizer.save(str(out / "tokenizer.json"))
         write_config(out, config)
-    counts = {part: Counter(tensors=len(origins), transformed=sum(o.transform is not None for o, _ in origins.values()),
-                            renamed=sum(not o.key.endswith(name) for name, (o, _) in origins.items()))
-              for part, origins in found.origins.items()}
-    return Summary(out_dir, what, counts, found.dropped | {name: name for name in given.others})
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder next to `path`, which becomes `path` only if the block ends without an error."""
-    part = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if path.is_dir():
-            path.rmdir()                             # it is empty; some systems can't rename onto a folder
-        part.rename(path)
-    except OSError as error:
-        raise InputError(f"can't write {path} ({error.strerror or error}); choose another OUT_DIR") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_safetensors(path: Path, origins: dict[str, tuple[Origin, torch.Size]], given: Checkpoint,

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
+import convert_weights
 from clip_text import TextConfig, TextEncoder
 from command import run_command
-from folder import ModelConfig, write_config
+from folder import TINY, ModelConfig, read_config, write_config
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -74,17 +75,22 @@ def make_folder(path: Path, sdxl: bool = False, channels: tuple[int, ...] = TWO_
         more = dict(text_encoder_2=replace(text, projection=12), zero_negative=True)
         unet = replace(TWO_LEVELS, context_dim=32, add_dim=12 + 6 * 4, add_time_dim=4)
     vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, scaling=1.0, force_upcast=sdxl)
-    config = ModelConfig("sdxl" if sdxl else "tiny", "epsilon", 32, NoiseSchedule(), unet, vae, text, **more)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return write_random(path, ModelConfig("sdxl" if sdxl else "tiny", "epsilon", 32, NoiseSchedule(), unet, vae, text,
+                                          **more), tokenizer)
+
+
+def write_random(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> Path:
+    """A model folder of this configuration with random weights."""
     modules = {"unet": UNet(config.unet), "vae": VAE(config.vae), "text_encoder": TextEncoder(config.text_encoder)}
-    if sdxl:
+    if config.text_encoder_2 is not None:
         modules["text_encoder_2"] = TextEncoder(config.text_encoder_2)
     path.mkdir(parents=True)
     generator, = seeded(0)
     for name, module in modules.items():
         state = {k: torch.randn(p.shape, generator=generator) * 0.15 for k, p in module.state_dict().items()}
         save_file(state, path / f"{name}.safetensors")
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<|unknown|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
     write_config(path, config)
     return path
@@ -101,6 +107,18 @@ def narrow_xl(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("models") / "narrow-xl", sdxl=True)
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A model folder for the drawn world: random weights, with the words, the size and the CLIP of models/tiny."""
+    tiny, vae = read_config(TINY), VAEConfig(channels=(8, 8, 8), layers=1, groups=4, scaling=1.0)
+    config = replace(tiny, unet=TWO_LEVELS, vae=vae, text_encoder=replace(
+        tiny.text_encoder, width=16, layers=1, heads=2, hidden=32))
+    path = write_random(tmp_path_factory.mktemp("models") / "world", config,
+                        Tokenizer.from_file(str(TINY / "tokenizer.json")))
+    (path / "clip").symlink_to(TINY / "clip")
+    return path
+
+
 # ------------------------------------------------------------------------------------------------------------ commands
 
 @pytest.fixture()
@@ -115,4 +133,16 @@ def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
             code = stop.code
         out = capsys.readouterr()
         return code, out.out, out.err
+    return run
+
+
+@pytest.fixture()
+def refused(command, tmp_path) -> Callable[..., str]:
+    """Runs convert_weights.py SOURCE OUT -> the one line that it says of bad input; it must leave nothing behind."""
+    def run(source: Path, *options: object, out: Path | None = None) -> str:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        code, stdout, stderr = command(convert_weights.main, source, out or tmp_path / "out", *options)
+        assert (code, stdout) == (2, "") and stderr.startswith("error: ") and stderr.count("\n") == 1
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return stderr
     return run

@@ -5,6 +5,8 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_convert_weights import VOCAB_SIZE, refused, write_tokenizer
+from test_convert_weights import VOCAB_SIZE, write_tokenizer
 from test_reward import NARROW_IMAGEREWARD, PIECES, random_model
 from torch import Tensor, nn
 
 import convert_weights
 import txt2img
-from command import InputError, run_command
+from command import InputError
 from convert_weights import REWARDS, convert_reward
 from folder import TINY
 from reward import ClipReward, ImageReward, add_rewards, load_reward, preprocess
@@ -87,7 +89,7 @@ def test_the_published_hpsv2_has_986_million_parameters_in_686_tensors():
         parts = {part: convert_weights.MODULES[part](c) for part, c in REWARDS["hps"].items()}
     assert sum(p.numel() for part in parts.values() for p in part.parameters()) == 986_109_441 - 1    # logit_scale
     layout = {"text_encoder": convert_weights.openclip_names(REWARDS["hps"]["text_encoder"]),
-              "image_encoder": convert_weights.openclip_image_names(REWARDS["hps"]["image_encoder"])}
+              "image_encoder": convert_weights.openclip_names(REWARDS["hps"]["image_encoder"])}
     keys = {convert_weights.find(name, "", layout[part], {}).key for part in parts for name in parts[part].state_dict()}
     assert len(keys | {"logit_scale"}) == 686
 
@@ -150,13 +152,19 @@ def run_openclip(state: dict[str, Tensor], images: Tensor, ids: Tensor) -> Tenso
 
 
 @torch.no_grad()
+def check_scores(reward: ClipReward, towers: Callable[[Tensor, Tensor], Tensor], pad: int, name: str) -> None:
+    """The reward agrees with towers: preprocessed pictures and padded ids -> cosines."""
+    images, ids = torch.rand(3, 3, 32, 32), reward.tokenizer(PROMPTS, 77, pad)[0]
+    assert ids[0, -1] == pad
+    ours, theirs = reward(images, PROMPTS), towers(preprocess(images, reward.image.config), ids)
+    print(f"{name}: {(ours - theirs).abs().max():.1e}")
+    assert theirs.std() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 def test_hpsv2_scores_by_the_cosine_of_its_layout_run_by_pytorchs_layers(tmp_path):
     convert_reward(**write_hps(tmp_path))
-    reward, images = load_reward(tmp_path / "hps"), torch.rand(3, 3, 32, 32)
-    ids = reward.tokenizer(PROMPTS, 77, 0)[0]
-    theirs = run_openclip(random_openclip(), preprocess(images, reward.image.config), ids)
-    assert theirs.std() > 0.01 and ids[0, -1] == 0                           # zeros behind the end token
-    torch.testing.assert_close(reward(images, PROMPTS), theirs, rtol=0, atol=1e-5)
+    check_scores(load_reward(tmp_path / "hps"), partial(run_openclip, random_openclip()), 0, "PyTorch's layers")
 
 
 def open_clip():
@@ -191,13 +199,10 @@ def test_an_openclip_scores_as_open_clip_itself(tmp_path, quick_gelu):
     save_file(peer.state_dict(), tmp_path / "open_clip_model.safetensors")
     arguments = write_hps(tmp_path, config=config) | {"source": tmp_path / "open_clip_model.safetensors"}
     convert_reward(**arguments | {"kind": "clip"})
-    reward, images = load_reward(tmp_path / "hps"), torch.rand(3, 3, 32, 32)
-    ids = reward.tokenizer(PROMPTS, 77, 0)[0]
-    image = peer.encode_image(preprocess(images, reward.image.config), normalize=True)
-    theirs = (image * peer.encode_text(ids, normalize=True)).sum(dim=-1)
-    print(f"open_clip, quick_gelu {quick_gelu}: {(reward(images, PROMPTS) - theirs).abs().max():.1e}")
-    assert theirs.std() > 0.01
-    torch.testing.assert_close(reward(images, PROMPTS), theirs, rtol=0, atol=1e-5)
+
+    def towers(images: Tensor, ids: Tensor) -> Tensor:
+        return (peer.encode_image(images, normalize=True) * peer.encode_text(ids, normalize=True)).sum(dim=-1)
+    check_scores(load_reward(tmp_path / "hps"), towers, 0, f"open_clip, quick_gelu {quick_gelu}")
 
 
 @torch.no_grad()
@@ -222,14 +227,13 @@ def test_a_clip_of_transformers_scores_as_there(tmp_path, kind):
         (tmp_path / "clip/model.safetensors").unlink()
     summary = convert_reward(tmp_path / "clip", tmp_path / "out", "clip")
     assert "logit_scale" in summary.dropped
-    reward, images = load_reward(tmp_path / "out"), torch.rand(3, 3, 32, 32)
+    reward = load_reward(tmp_path / "out")
     assert reward.image.config.mean == (0.5, 0.4, 0.3) and reward.text.config.activation == "quick_gelu"
-    ids = reward.tokenizer(PROMPTS, 77, VOCAB_SIZE - 1)[0]                   # padded as OpenAI pads
-    out = peer(input_ids=ids, pixel_values=preprocess(images, reward.image.config))
-    theirs = (out.image_embeds * out.text_embeds).sum(dim=-1)
-    print(f"transformers, {kind}: {(reward(images, PROMPTS) - theirs).abs().max():.1e}")
-    assert theirs.std() > 0.01
-    torch.testing.assert_close(reward(images, PROMPTS), theirs, rtol=0, atol=1e-5)
+
+    def towers(images: Tensor, ids: Tensor) -> Tensor:
+        out = peer(input_ids=ids, pixel_values=images)
+        return (out.image_embeds * out.text_embeds).sum(dim=-1)
+    check_scores(reward, towers, VOCAB_SIZE - 1, f"transformers, {kind}")    # padded as OpenAI pads
 
 
 def test_imagereward_arrives_unchanged(tmp_path, narrow):
@@ -241,7 +245,7 @@ def test_imagereward_arrives_unchanged(tmp_path, narrow):
     images, ids = torch.rand(1, 3, 32, 32), torch.tensor([[2, 6, 8, 3, 0, 0, 0, 0, 0]])
     torch.testing.assert_close(reward(images, ["Red circle"]), model(images, ids, ids != 0))
     assert set(summary.dropped.values()) == {"*position_ids", "blip.vision_proj.*", "blip.text_proj.*"}
-    assert summary.counts["image_reward"]["renamed"] == summary.counts["image_reward"]["transformed"] == 0
+    assert summary.counts("image_reward")["renamed"] == summary.counts("image_reward")["transformed"] == 0
 
 
 def test_berts_tokenizer_json_serves_like_its_vocab_txt(tmp_path, narrow):
@@ -320,8 +324,9 @@ def test_masks_are_looked_for_by_rewards_from_the_command_line(tmp_path, command
 # ---- bad input: one line, exit code 2, nothing left behind ----
 
 def flags(arguments: dict) -> list:
-    return [part for name in ("reward", "config", "tokenizer") if name in arguments
-            for part in (f"--{name}", arguments[name])]
+    """The command line of `convert_reward(**arguments)`, after OUT_DIR."""
+    names = {"reward": "kind", "config": "config", "tokenizer": "tokenizer"}
+    return [part for flag, name in names.items() if name in arguments for part in (f"--{flag}", arguments[name])]
 
 
 def openclip_with(**changes: Tensor | None) -> dict[str, Tensor]:
@@ -335,18 +340,18 @@ def openclip_with(**changes: Tensor | None) -> dict[str, Tensor]:
     ({"text_projection": torch.zeros(32, 23)}, "shape (32, 23)"),
     ({"visual__transformer__resblocks__7__ln_1__bias": torch.zeros(40)}, "resblocks.7.ln_1.bias"),
     ({"visual__conv1__weight": torch.zeros(40, 3, 8, 8, dtype=torch.int8)}, "floating point")])
-def test_a_misfit_in_hpsv2_is_named(monkeypatch, capsys, tmp_path, changes, words):
-    arguments = write_hps(tmp_path, openclip_with(**changes)) | {"reward": "hps"}
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], *flags(arguments))
+def test_a_misfit_in_hpsv2_is_named(refused, tmp_path, changes, words):
+    arguments = write_hps(tmp_path, openclip_with(**changes))
+    message = refused(arguments["source"], *flags(arguments))
     assert words in message and "hps.pt" in message
 
 
 @pytest.mark.parametrize("changes, words", [
     ({"blip.surprise": torch.zeros(2)}, "blip.surprise"), ({"mlp.layers.7.bias": torch.zeros(2)}, "shape (2,)"),
     ({"blip.visual_encoder.pos_embed": torch.zeros(1, 5, 24)}, "shape (1, 5, 24)")])
-def test_a_misfit_in_imagereward_is_named(monkeypatch, capsys, tmp_path, narrow, changes, words):
-    arguments = write_imagereward(tmp_path, changes) | {"reward": "imagereward"}
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], *flags(arguments))
+def test_a_misfit_in_imagereward_is_named(refused, tmp_path, narrow, changes, words):
+    arguments = write_imagereward(tmp_path, changes)
+    message = refused(arguments["source"], *flags(arguments))
     assert words in message and "ImageReward.pt" in message and "--config" not in message
 
 
@@ -355,78 +360,69 @@ def test_a_misfit_in_imagereward_is_named(monkeypatch, capsys, tmp_path, narrow,
     ("blip.visual_encoder.cls_token", "hps", "--reward imagereward"),
     ("vision_model.post_layernorm.weight", "clip", "give its folder"),
     ("model.diffusion_model.input_blocks.0.0.weight", "hps", "leave out --reward"), ("something", "clip", "something")])
-def test_a_file_of_another_kind_is_recognised(monkeypatch, capsys, tmp_path, name, kind, words):
+def test_a_file_of_another_kind_is_recognised(refused, tmp_path, name, kind, words):
     save_file({name: torch.zeros(4, 4)}, tmp_path / "file.safetensors")
-    message = refused(monkeypatch, capsys, tmp_path, tmp_path / "file.safetensors", "--reward", kind)
+    message = refused(tmp_path / "file.safetensors", "--reward", kind)
     assert words in message and "is not" in message
 
 
-def test_what_a_file_does_not_tell_must_be_given(monkeypatch, capsys, tmp_path, narrow):
+def test_what_a_file_does_not_tell_must_be_given_and_nothing_more(refused, tmp_path, narrow):
     hps, imagereward = write_hps(tmp_path), write_imagereward(tmp_path)
-    run = [monkeypatch, capsys, tmp_path]
-    message = refused(*run, hps["source"], "--reward", "hps", "--config", hps["config"])
+    hps, config, tokenizer = hps["source"], ("--config", hps["config"]), ("--tokenizer", hps["tokenizer"])
+    message = refused(hps, "--reward", "hps", *config)
     assert "--tokenizer" in message and "bpe_simple_vocab_16e6.txt.gz" in message
-    message = refused(*run, imagereward["source"], "--reward", "imagereward")
-    assert "--tokenizer" in message and "bert-base-uncased" in message
-    message = refused(*run, hps["source"], "--reward", "clip", "--tokenizer", hps["tokenizer"])
+    message = refused(hps, "--reward", "clip", *tokenizer)
     assert "open_clip_config.json" in message and "heads" in message
-    message = refused(*run, hps["source"], "--reward", "hps", "--tokenizer", hps["tokenizer"])
+    message = refused(hps, "--reward", "hps", *tokenizer)
     assert "shape" in message and "--config" in message                      # ViT-H unless a config says otherwise
+    run = [imagereward["source"], "--reward", "imagereward"]
+    message = refused(*run)
+    assert "--tokenizer" in message and "bert-base-uncased" in message
+    assert "--prediction and --ema" in refused(*run, "--ema")
+    assert "--prediction and --ema" in refused(*run, "--prediction", "v")
+    assert "--config" in refused(*run, *config)
 
 
-def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path, narrow):
+def test_a_wrong_tokenizer_is_refused(refused, tmp_path, narrow):
     hps, imagereward = write_hps(tmp_path), write_imagereward(tmp_path)
-    run = [monkeypatch, capsys, tmp_path, imagereward["source"], "--reward", "imagereward", "--tokenizer"]
-    assert "no vocab.txt or tokenizer.json" in refused(*run, hps["tokenizer"])
-    assert "not BERT's vocabulary" in refused(*run, hps["tokenizer"] / "merges.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
-    assert "isn't a text file" in refused(*run, tmp_path / "binary.txt")
     (tmp_path / "short.txt").write_text("\n".join(PIECES[:-1]), encoding="utf-8")
-    assert "has 19 tokens, but the text tower has 20" in refused(*run, tmp_path / "short.txt")
-    run = [monkeypatch, capsys, tmp_path, hps["source"], "--reward", "hps", "--config", hps["config"], "--tokenizer"]
-    assert "bpe_simple_vocab" in refused(*run, imagereward["tokenizer"])
+    for tokenizer, words in ((hps["tokenizer"], "no vocab.txt or tokenizer.json"),
+                             (hps["tokenizer"] / "merges.txt", "not BERT's vocabulary"),
+                             (tmp_path / "binary.txt", "isn't a text file"),
+                             (tmp_path / "short.txt", "has 19 tokens, but the text tower has 20")):
+        assert words in refused(imagereward["source"], *flags(imagereward | {"tokenizer": tokenizer}))
+    assert "bpe_simple_vocab" in refused(hps["source"], *flags(hps | {"tokenizer": imagereward["tokenizer"]}))
 
 
 @pytest.mark.parametrize("place, changes, words", [
     ("model_cfg", {"custom_text": True}, "custom_text"), ("text_cfg", {"hf_model_name": "roberta"}, "hf_model_name"),
-    ("vision_cfg", {"timm_model_name": "convnext"}, "timm_model_name"), ("vision_cfg", {"layers": [3, 4]}, "built"),
-    ("vision_cfg", {"width": "wide"}, "config file"), ("vision_cfg", {"head_width": 64}, "config file"),
+    ("vision_cfg", {"timm_model_name": "convnext"}, "timm_model_name"), ("vision_cfg", {"layers": [3, 4]}, "layers"),
+    ("vision_cfg", {"width": "wide"}, "config file"), ("vision_cfg", {"head_width": 64}, "heads is 0"),
     ("preprocess_cfg", {"resize_mode": "squash"}, "resize_mode"),
-    ("vision_cfg", {"head_width": 12}, "can't be shared by 3 heads"), ("text_cfg", {"heads": 0}, "config file")])
-def test_an_openclip_that_is_not_made_of_these_towers_is_named(monkeypatch, capsys, tmp_path, place, changes, words):
+    ("vision_cfg", {"head_width": 12}, "can't be split into 3 heads"), ("text_cfg", {"heads": 0}, "heads is 0")])
+def test_an_openclip_that_is_not_made_of_these_towers_is_named(refused, tmp_path, place, changes, words):
     config = json.loads(json.dumps(OPENCLIP))
     (config if place in config else config["model_cfg"])[place].update(changes)
-    arguments = write_hps(tmp_path, config=config) | {"reward": "clip"}
-    assert words in refused(monkeypatch, capsys, tmp_path, arguments["source"], *flags(arguments))
+    arguments = write_hps(tmp_path, config=config) | {"kind": "clip"}
+    assert words in refused(arguments["source"], *flags(arguments))
 
 
-def test_a_clip_folder_that_is_none_is_named(monkeypatch, capsys, tmp_path):
+def test_a_clip_folder_that_is_none_is_named(refused, tmp_path):
     (tmp_path / "clip").mkdir()
-    run = [monkeypatch, capsys, tmp_path, tmp_path / "clip", "--reward"]
+    run = [tmp_path / "clip", "--reward"]
     assert "there is no" in refused(*run, "clip") and "config.json" in refused(*run, "clip")
-    (tmp_path / "clip/config.json").write_text('{"model_type": "siglip"}')
-    assert "siglip" in refused(*run, "clip")
-    (tmp_path / "clip/config.json").write_text('{"model_type": "clip"}')
-    assert "text_config" in refused(*run, "clip")
-    (tmp_path / "clip/config.json").write_text('{"model_type": "clip", "text_config": {}, "vision_config": {}}')
-    assert "has no weights" in refused(*run, "clip")
+    for entries, words in (({"model_type": "siglip"}, "siglip"), ({"model_type": "clip"}, "text_config"),
+                           ({"model_type": "clip", "text_config": {}, "vision_config": {}}, "has no weights")):
+        (tmp_path / "clip/config.json").write_text(json.dumps(entries))
+        assert words in refused(*run, "clip")
     assert "HPS_v2.1_compressed.pt" in refused(*run, "hps") and "ImageReward.pt" in refused(*run, "imagereward")
 
 
-def test_flags_of_other_conversions_are_refused(monkeypatch, capsys, tmp_path, narrow):
-    arguments = write_imagereward(tmp_path)
-    run = [monkeypatch, capsys, tmp_path, arguments["source"], "--reward", "imagereward"]
-    assert "--prediction and --ema" in refused(*run, "--ema")
-    assert "--prediction and --ema" in refused(*run, "--prediction", "v")
-    (tmp_path / "config.json").write_text("{}")
-    assert "--config" in refused(*run, "--config", tmp_path / "config.json")
-
-
-def test_the_command_converts_and_says_what_it_dropped(monkeypatch, capsys, tmp_path):
-    arguments = write_hps(tmp_path) | {"reward": "hps"}
-    monkeypatch.setattr(sys, "argv", list(map(str, ["convert_weights.py", arguments["source"], arguments["out_dir"],
-                                                    *flags(arguments), "--dtype", "float16"])))
-    run_command(convert_weights.main)
-    assert "dropped 2: epoch, logit_scale" in capsys.readouterr().out
+def test_the_command_converts_and_says_what_it_dropped(command, tmp_path):
+    arguments = write_hps(tmp_path)
+    code, out, _ = command(convert_weights.main, arguments["source"], arguments["out_dir"], *flags(arguments),
+                           "--dtype", "float16")
+    assert code == 0 and "dropped 2: epoch, logit_scale" in out
     files = {path.name for path in arguments["out_dir"].iterdir()}
     assert files == {"config.json", "tokenizer.json", "text_encoder.safetensors", "image_encoder.safetensors"}

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import convert_weights
 from checkpoint import Checkpoint, Stored
 from clip_text import TextConfig, TextEncoder, Tokenizer
-from command import run_command
-from folder import ModelConfig, load_weights, read_config
+from convert_weights import convert
+from folder import ModelConfig, build, load_weights, read_config
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -62,6 +62,7 @@ def hf_files(family: str) -> dict[str, dict]:
            "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     text = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 77, "hidden_size": 16, "num_hidden_layers": 2,
             "num_attention_heads": 2, "intermediate_size": 32, "hidden_act": "quick_gelu", "projection_dim": 16,
+            "eos_token_id": 2,
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
                  "num_train_timesteps": 1000, "set_alpha_to_one": False}
@@ -93,12 +94,11 @@ def hf_files(family: str) -> dict[str, dict]:
 
 
 @functools.cache
-def random_weights(family: str, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, torch.Tensor]]:
-    model, generator = narrow(family), torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        parts = {part: module(getattr(model, part)) for part, module in MODULES.items() if getattr(model, part)}
-    return {part: {name: torch.randn(tensor.shape, generator=generator).to(dtype)
-                   for name, tensor in module.state_dict().items()} for part, module in parts.items()}
+def random_weights(family: str) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return {part: {name: torch.randn(tensor.shape, generator=generator)
+                   for name, tensor in build(MODULES[part], config).state_dict().items()}
+            for part, config in narrow(family).parts.items()}
 
 
 def vocabulary() -> dict[str, int]:
@@ -222,13 +222,12 @@ def write_single(folder: Path, family: str, changes: dict | None = None, drop: s
             "config": write_configs(folder / "configs", family), "tokenizer": write_tokenizer(folder / "tokens")}
 
 
-def check_folder(out: Path, family: str, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+def check_folder(out: Path, family: str | ModelConfig, weights: dict[str, dict[str, torch.Tensor]]) -> None:
     """The folder loads as `txt2img.py` loads it, and holds these very tensors."""
     model = read_config(out)
-    assert model == narrow(family)
+    assert model == (narrow(family) if isinstance(family, str) else family)
     for part, state in weights.items():
-        with torch.device("meta"):
-            module = MODULES[part](getattr(model, part))
+        module = build(MODULES[part], getattr(model, part))
         loaded = load_weights(module, out / f"{part}.safetensors", "cpu", torch.float32).state_dict()
         assert loaded.keys() == state.keys()
         for name, tensor in state.items():
@@ -248,9 +247,8 @@ def manifest(family: str, part: str) -> dict:
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_modules_have_exactly_the_published_names_and_shapes(family):
-    parts = convert_weights.components(convert_weights.configs_of(convert_weights.FAMILIES[family]))
-    ours = {f"{part}/{name}": list(tensor.shape) for part, module in parts.items()
-            for name, tensor in module.state_dict().items()}
+    ours = {f"{part}/{name}": list(tensor.shape) for part, config in convert_weights.FAMILIES[family].parts.items()
+            for name, tensor in build(MODULES[part], config).state_dict().items()}
     assert ours == manifest(family, "diffusers")
 
 
@@ -261,9 +259,8 @@ def test_every_name_of_a_published_single_file_is_used_or_dropped_for_a_reason(f
                                       for name, shape in published.items()}, [])
     assert convert_weights.detect(given) == family
     model = convert_weights.FAMILIES[family]
-    parts = convert_weights.components(convert_weights.configs_of(model))
     layout = convert_weights.single_file_layout(model)
-    origins, dropped = convert_weights.match(parts, layout, given, convert_weights.ignored_by(model), "")
+    origins, dropped = convert_weights.match(model.parts, layout, given, convert_weights.ignored_by(model), "")
     used = [origin.key for named in origins.values() for origin, _ in named.values() if "in_proj" not in origin.key]
     assert len(used) == len(set(used))               # each for one of our tensors, but for q, k and v in one
     expected = {"sd15": {"position_ids"}, "sdxl": {"position_ids", "logit_scale"},
@@ -289,50 +286,25 @@ def test_rules_agree_with_an_independent_set_of_rules(family):
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_a_hugging_face_folder_arrives_bit_for_bit(tmp_path, family):
     weights = write_hf(tmp_path / "hf", family)
-    summary = convert_weights.convert(tmp_path / "hf", tmp_path / "out")
+    (tmp_path / "out").mkdir()                       # an empty folder is used
+    summary = convert(tmp_path / "hf", tmp_path / "out")
     check_folder(tmp_path / "out", family, weights)
     assert "left 0" in str(summary) and not summary.dropped
+    convert(tmp_path / "hf", tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_a_single_file_arrives_bit_for_bit(tmp_path, family):
-    summary = convert_weights.convert(**write_single(tmp_path, family))
+    summary = convert(**write_single(tmp_path, family))
     check_folder(tmp_path / "out", family, random_weights(family))
-    assert summary.counts["vae"]["transformed"] == 8
-    assert summary.counts["unet"]["renamed"] == summary.counts["unet"]["tensors"]
+    assert summary.counts("vae")["transformed"] == 8
+    assert summary.counts("unet")["renamed"] == summary.counts("unet")["tensors"]
     dropped = {"sd15": "dropped 1: cond_stage_model.transformer.text_model.embeddings.position_ids",
                "sd21": "cond_stage_model.model.transformer.resblocks.3.* (12)",
                "sdxl": "conditioner.embedders.1.model.logit_scale"}
     assert dropped[family] in str(summary)
-
-
-def test_fp16_variant_is_taken_where_there_is_no_other(tmp_path):
-    write_hf(tmp_path / "hf", "sd15")
-    weights = random_weights("sd15", torch.float16)
-    for part, state in weights.items():
-        hf_file(tmp_path / "hf", part).unlink()
-        save_file(state, hf_file(tmp_path / "hf", part, ".fp16.safetensors"))
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
-    check_folder(tmp_path / "out", "sd15", weights)
-    assert {t.dtype for t in load_file(tmp_path / "out" / "unet.safetensors").values()} == {torch.float16}
-
-
-@pytest.mark.parametrize("index", [".safetensors.index.json", ".safetensors.index.fp16.json"])
-def test_shards_are_put_together(tmp_path, index):
-    weights = write_hf(tmp_path / "hf", "sd15")
-    shard(tmp_path / "hf", weights["unet"], index)
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
-    check_folder(tmp_path / "out", "sd15", weights)
-
-
-def shard(folder: Path, state: dict[str, torch.Tensor], index: str) -> None:
-    names, where = list(state), {}
-    for i, some in enumerate([names[:300], names[300:]]):
-        file = hf_file(folder, "unet", f"-0000{i + 1}-of-00002.safetensors")
-        save_file({name: state[name] for name in some}, file)
-        where |= dict.fromkeys(some, file.name)
-    hf_file(folder, "unet").unlink()
-    hf_file(folder, "unet", index).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": where}))
 
 
 @pytest.mark.parametrize("dims", [2, 3, 4])
@@ -345,45 +317,33 @@ def test_old_autoencoder_names_and_shapes_are_accepted(tmp_path, dims):
         attends = "attentions" in name and tensor.dim() == 2
         old[name] = tensor.reshape(*tensor.shape, *[1] * (dims - 2)) if attends else tensor
     save_file(old, hf_file(tmp_path / "hf", "vae"))
-    summary = convert_weights.convert(tmp_path / "hf", tmp_path / "out")
+    summary = convert(tmp_path / "hf", tmp_path / "out")
     check_folder(tmp_path / "out", "sd15", weights)
-    assert summary.counts["vae"]["renamed"] == 16 and summary.counts["vae"]["transformed"] == (0 if dims == 2 else 8)
+    assert summary.counts("vae")["renamed"] == 16 and summary.counts("vae")["transformed"] == (0 if dims == 2 else 8)
 
 
-@pytest.mark.parametrize("layout", ["folder", "file"])
-def test_text_encoder_names_without_text_model_are_accepted(tmp_path, layout):
-    if layout == "folder":
-        weights = write_hf(tmp_path / "hf", "sd15")
-        bare = {name.removeprefix("text_model."): tensor for name, tensor in weights["text_encoder"].items()}
-        save_file(bare | {"embeddings.position_ids": torch.arange(77)[None]}, hf_file(tmp_path / "hf", "text_encoder"))
-        summary = convert_weights.convert(tmp_path / "hf", tmp_path / "out")
-        assert list(summary.dropped) == ["text_encoder/embeddings.position_ids"]
-    else:
-        weights = random_weights("sd15")
-        arguments = write_single(tmp_path, "sd15")
-        state = load_file(arguments["source"])
-        bare = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in state.items()}
-        save_file(bare, arguments["source"])
-        convert_weights.convert(**arguments)
-    check_folder(tmp_path / "out", "sd15", weights)
-
-
-def test_pickled_hugging_face_weights_are_accepted(tmp_path):
+def test_text_encoder_names_without_text_model_are_accepted(tmp_path):
     weights = write_hf(tmp_path / "hf", "sd15")
-    hf_file(tmp_path / "hf", "unet").unlink()
-    torch.save(weights["unet"], hf_file(tmp_path / "hf", "unet", ".bin"))
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in weights["text_encoder"].items()}
+    save_file(bare | {"embeddings.position_ids": torch.arange(77)[None]}, hf_file(tmp_path / "hf", "text_encoder"))
+    assert list(convert(tmp_path / "hf", tmp_path / "out").dropped) == ["text_encoder/embeddings.position_ids"]
     check_folder(tmp_path / "out", "sd15", weights)
+
+    arguments = write_single(tmp_path, "sd15") | {"out_dir": tmp_path / "single"}
+    bare = {name.replace("transformer.text_model.", "transformer."): tensor
+            for name, tensor in load_file(arguments["source"]).items()}
+    save_file(bare, arguments["source"])
+    convert(**arguments)
+    check_folder(tmp_path / "single", "sd15", weights)
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("modern", [True, False])
-def test_a_safe_ckpt_arrives_bit_for_bit(tmp_path, nested, modern):
+def test_a_safe_ckpt_arrives_bit_for_bit(tmp_path, nested):
     arguments = write_single(tmp_path, "sd15")
     state = load_file(arguments["source"]) | {"betas": torch.zeros(1000)}
     data = {"state_dict": state, "epoch": 3, "optimizer_states": [torch.zeros(2)]} if nested else state
-    torch.save(data, tmp_path / "model.ckpt", _use_new_zipfile_serialization=modern)
-    summary = convert_weights.convert(**arguments | {"source": tmp_path / "model.ckpt"})
+    torch.save(data, tmp_path / "model.ckpt", _use_new_zipfile_serialization=nested)
+    summary = convert(**arguments | {"source": tmp_path / "model.ckpt"})
     check_folder(tmp_path / "out", "sd15", random_weights("sd15"))
     assert "betas" in summary.dropped and ("epoch" in summary.dropped) == nested
 
@@ -396,53 +356,36 @@ def test_averaged_weights_are_taken_on_request_only(tmp_path):
     extra |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
     assert "model_ema.diffusion_modelinput_blocks00weight" in extra
     arguments = write_single(tmp_path, "sd15", extra)
-    summary = convert_weights.convert(**arguments)
+    summary = convert(**arguments)
     check_folder(tmp_path / "out", "sd15", random_weights("sd15"))
     assert f"model_ema.* ({len(extra)})" in str(summary) and "--ema" in str(summary)
 
-    summary = convert_weights.convert(**arguments | {"out_dir": tmp_path / "out2"}, ema=True)
+    summary = convert(**arguments | {"out_dir": tmp_path / "out2"}, ema=True)
     check_folder(tmp_path / "out2", "sd15", random_weights("sd15") | {"unet": averaged})
     assert f"model.diffusion_model.* ({len(averaged)})" in str(summary) and "--ema" not in str(summary)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dtype_converts_every_tensor(tmp_path, dtype):
-    weights = write_hf(tmp_path / "hf", "sd15")
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out", dtype=dtype)
-    check_folder(tmp_path / "out", "sd15", {part: {name: tensor.to(dtype) for name, tensor in state.items()}
-                                            for part, state in weights.items()})
-    assert {t.dtype for t in load_file(tmp_path / "out" / "vae.safetensors").values()} == {dtype}
-
-
-def test_mixed_precision_stays_mixed_and_readable(tmp_path):
+def test_dtypes_stay_mixed_unless_one_is_asked_for(tmp_path):
     weights = write_hf(tmp_path / "hf", "sd15")
     mixed = {name: tensor.half() if i % 3 else tensor for i, (name, tensor) in enumerate(weights["unet"].items())}
     save_file(mixed, hf_file(tmp_path / "hf", "unet"))
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
-    loaded = load_file(tmp_path / "out" / "unet.safetensors")
-    assert all(loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
-               for name, tensor in mixed.items())
-
-
-def test_the_same_source_gives_the_same_bytes(tmp_path):
-    write_hf(tmp_path / "hf", "sdxl")
-    for out in ("a", "b"):
-        convert_weights.convert(tmp_path / "hf", tmp_path / out)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    convert(tmp_path / "hf", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "unet.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"} and set(file.keys()) == mixed.keys()
+        for name, tensor in mixed.items():
+            assert file.get_tensor(name).dtype == tensor.dtype and torch.equal(file.get_tensor(name), tensor)
+    for dtype in (torch.float16, torch.bfloat16):
+        convert(tmp_path / "hf", tmp_path / str(dtype), dtype=dtype)
+        check_folder(tmp_path / str(dtype), "sd15", {
+            part: {name: tensor.to(dtype) for name, tensor in (mixed if part == "unet" else state).items()}
+            for part, state in weights.items()})
+        assert {t.dtype for t in load_file(tmp_path / str(dtype) / "vae.safetensors").values()} == {dtype}
 
 
 def test_prediction_overrides_the_scheduler_file(tmp_path):
     write_hf(tmp_path / "hf", "sd21")
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out", prediction="epsilon")
+    convert(tmp_path / "hf", tmp_path / "out", prediction="epsilon")
     assert read_config(tmp_path / "out").prediction == "epsilon"
-
-
-def test_an_empty_out_dir_is_used(tmp_path):
-    weights = write_hf(tmp_path / "hf", "sd15")
-    (tmp_path / "out").mkdir()
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
-    check_folder(tmp_path / "out", "sd15", weights)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
@@ -450,10 +393,14 @@ def test_single_files_get_what_the_published_config_files_say(tmp_path, family):
     for name, data in manifest(family, "configs").items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(data))
-    model = convert_weights.hf_config(tmp_path, None)
+    unused = {}
+    model, sampler = convert_weights.hf_config(tmp_path, None, unused)
+    assert sampler == {"sd15": "PNDMScheduler, which isn't here: choose a --sampler",
+                       "sd21": "DDIMScheduler: --sampler ddim",
+                       "sdxl": "EulerDiscreteScheduler: --sampler euler"}[family]
     assert model == convert_weights.family_config(family, model.prediction, Path("file"))
     vocab = {"!": 0} | {str(i): i for i in range(1, 49407)} | {"<|endoftext|>": 49407}
-    assert convert_weights.with_pads(model, vocab, tmp_path) == model
+    assert convert_weights.with_tokenizers(model, vocab, [], tmp_path, unused) == model and not unused
 
 
 def test_the_512_pixel_sd2_models_are_the_epsilon_ones():
@@ -482,32 +429,15 @@ def test_diffusers_own_folder_is_understood(tmp_path):
         tokenizer = transformers.CLIPTokenizer(vocab=vocabulary(), merges=MERGES, pad_token=pad)
         tokenizer.save_pretrained(tmp_path / "hf" / place)
     (tmp_path / "hf/model_index.json").write_text("{}")
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
+    convert(tmp_path / "hf", tmp_path / "out")
     weights = {part: {("text_model." if part.startswith("text") and not name.startswith("text_") else "") + name: tensor
                       for name, tensor in module.state_dict().items() if "position_ids" not in name}
                for part, module in parts.items()}
-    model = read_config(tmp_path / "out")
-    assert model == replace(narrow("sdxl"), schedule=NoiseSchedule(spacing="leading", set_alpha_to_one=True))
-    for part, state in weights.items():
-        loaded = load_file(tmp_path / "out" / f"{part}.safetensors")
-        assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    check_folder(tmp_path / "out", replace(narrow("sdxl"), schedule=NoiseSchedule(
+        spacing="leading", set_alpha_to_one=True)), weights)
 
 
 # ---- bad input: one line, exit code 2, nothing left behind ----
-
-def refused(monkeypatch, capsys, tmp_path: Path, source: Path, *options: str | Path, out: Path | None = None) -> str:
-    """The one line that the command says about bad input; fails if it does more or leaves something behind."""
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    out = tmp_path / "out" if out is None else out
-    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(source), str(out), *map(str, options)])
-    with pytest.raises(SystemExit) as exit:
-        run_command(convert_weights.main)
-    captured = capsys.readouterr()
-    assert exit.value.code == 2 and captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    return captured.err
-
 
 def options(arguments: dict) -> list:
     return ["--config", arguments["config"], "--tokenizer", arguments["tokenizer"]]
@@ -523,23 +453,12 @@ def conv_in(channels: int) -> dict[str, torch.Tensor]:
     ({"model.diffusion_model.out.2.bias": torch.zeros(5)}, "shape (5,)"),
     ({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)}, "floating point"),
     (conv_in(9), "inpainting"), (conv_in(8), "InstructPix2Pix"), (conv_in(7), "shape (16, 7, 3, 3)"),
+    ("first_stage_model.quant_conv.weight", "lacks 1 tensors of this model, the first is first_stage_model.quant_conv"),
 ])
-def test_a_misfit_in_a_single_file_is_named(monkeypatch, capsys, tmp_path, changes, words):
-    arguments = write_single(tmp_path, "sd15", changes)
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], *options(arguments))
+def test_a_misfit_in_a_single_file_is_named(refused, tmp_path, changes, words):
+    arguments = write_single(tmp_path, "sd15", *(({}, changes) if isinstance(changes, str) else (changes,)))
+    message = refused(arguments["source"], *options(arguments))
     assert words in message and "model.safetensors" in message
-
-
-def test_a_missing_tensor_is_named(monkeypatch, capsys, tmp_path):
-    arguments = write_single(tmp_path, "sd15", drop="first_stage_model.quant_conv.weight")
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], *options(arguments))
-    assert "lacks 1 tensors" in message and "first_stage_model.quant_conv.weight" in message
-
-
-def test_other_widths_than_the_published_ask_for_config(monkeypatch, capsys, tmp_path):
-    arguments = write_single(tmp_path, "sd15")
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], "--tokenizer", arguments["tokenizer"])
-    assert "shape" in message and "--config" in message
 
 
 @pytest.mark.parametrize("names, words", [
@@ -549,26 +468,29 @@ def test_other_widths_than_the_published_ask_for_config(monkeypatch, capsys, tmp
     (["control_model.input_blocks.0.0.weight"], "ControlNet"),
     (["down_blocks.0.resnets.0.conv1.weight"], "give the folder"),
     (["encoder.conv_in.weight", "decoder.conv_in.weight"], "autoencoder alone"),
-    (["something"], "something"),
+    (["something"], "something"), (["blip.visual_encoder.cls_token"], "--reward imagereward"),
     (["model.diffusion_model.input_blocks.0.0.weight"], "no text encoder"),
     (["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.model.ln_final.weight"], "refiner"),
 ])
-def test_a_file_of_another_kind_is_recognised(monkeypatch, capsys, tmp_path, names, words):
+def test_a_file_of_another_kind_is_recognised(refused, tmp_path, names, words):
     save_file({name: torch.zeros(4, 4, 3, 3) for name in names}, tmp_path / "file.safetensors")
-    assert words in refused(monkeypatch, capsys, tmp_path, tmp_path / "file.safetensors")
+    assert words in refused(tmp_path / "file.safetensors")
 
 
-def test_sd2_files_need_a_prediction_and_all_files_a_tokenizer(monkeypatch, capsys, tmp_path):
+def test_what_a_file_does_not_tell_must_be_given(refused, tmp_path):
     arguments = write_single(tmp_path, "sd21")
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], "--tokenizer", arguments["tokenizer"])
+    message = refused(arguments["source"], "--tokenizer", arguments["tokenizer"])
     assert "--prediction v" in message and "--prediction epsilon" in message
-    message = refused(monkeypatch, capsys, tmp_path, arguments["source"], "--config", arguments["config"])
+    message = refused(arguments["source"], "--config", arguments["config"])
     assert "--tokenizer" in message and "bpe_simple_vocab_16e6.txt.gz" in message
+    message = refused(arguments["source"], "--tokenizer", arguments["tokenizer"], "--prediction", "v")
+    assert "shape" in message and "--config" in message                      # other widths than the published
+    assert "--ema" in refused(arguments["source"], "--ema", *options(arguments))
 
 
-def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path):
+def test_a_wrong_tokenizer_is_refused(refused, tmp_path):
     arguments = write_single(tmp_path, "sd15")
-    run = [monkeypatch, capsys, tmp_path, arguments["source"], "--config", arguments["config"], "--tokenizer"]
+    run = [arguments["source"], "--config", arguments["config"], "--tokenizer"]
     (tmp_path / "vocab.gz").write_bytes(b"no gzip")
     assert "bpe_simple_vocab" in refused(*run, tmp_path / "vocab.gz")
     (tmp_path / "short.gz").write_bytes(gzip.compress(b"version\na b"))
@@ -582,7 +504,8 @@ def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path):
     ("sd15", {"unet": {"in_channels": 9}}, "inpainting"), ("sd15", {"unet": {"in_channels": 8}}, "InstructPix2Pix"),
     ("sd15", {"unet": {"class_embed_type": "projection"}}, "class_embed_type"),
     ("sd15", {"unet": {"time_cond_proj_dim": 256}}, "time_cond_proj_dim"),
-    ("sd15", {"unet": {"down_block_types": ["AttnDownBlock2D"] * 4}}, "up_block_types"),
+    ("sd15", {"unet": {"down_block_types": ["AttnDownBlock2D"] * 4}}, "holds 'AttnDownBlock2D', only CrossAttnDown"),
+    ("sd15", {"unet": {"up_block_types": ["UpBlock2D"] * 4}}, "up_block_types"),
     ("sd15", {"unet": {"block_out_channels": [10, 10, 20, 20]}}, "can be built"),
     ("sd15", {"unet": {"block_out_channels": 16}}, "config file"),
     ("sd15", {"vae": {"latents_mean": [0, 0, 0, 0]}}, "latents_mean"),
@@ -593,83 +516,55 @@ def test_a_wrong_tokenizer_is_refused(monkeypatch, capsys, tmp_path):
     ("sd15", {"tokenizer": {"pad_token": "unheard of"}}, "unheard of"),
     ("sdxl", {"unet": {"projection_class_embeddings_input_dim": 20 + 5 * 8}}, "added condition"),
 ])
-def test_an_unsupported_config_is_named(monkeypatch, capsys, tmp_path, family, changes, words):
+def test_an_unsupported_config_is_named(refused, tmp_path, family, changes, words):
     write_hf(tmp_path / "hf", family, **changes)
-    assert words in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
+    assert words in refused(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("gone, words", [
-    ("unet/config.json", "unet/config.json"), ("scheduler/scheduler_config.json", "scheduler_config.json"),
-    ("vae/diffusion_pytorch_model.safetensors", "vae has no weights"), ("tokenizer/vocab.json", "--tokenizer"),
-    ("unet", "no folder unet"), ("text_encoder", "refiner"),
-])
-def test_an_incomplete_folder_says_what_is_missing(monkeypatch, capsys, tmp_path, gone, words):
+def test_an_incomplete_folder_says_what_is_missing(refused, tmp_path):
     write_hf(tmp_path / "hf", "sdxl")
-    (tmp_path / "hf" / gone).rename(tmp_path / "gone")
-    assert words in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
-
-
-def test_a_transformer_folder_is_recognised(monkeypatch, capsys, tmp_path):
+    for gone, words in {"unet/config.json": "unet/config.json", "tokenizer/vocab.json": "--tokenizer",
+                        "scheduler/scheduler_config.json": "scheduler_config.json", "text_encoder": "refiner",
+                        "vae/diffusion_pytorch_model.safetensors": "vae has no weights", "unet": "no folder unet",
+                        }.items():
+        (tmp_path / "hf" / gone).rename(tmp_path / "gone")
+        assert words in refused(tmp_path / "hf")
+        (tmp_path / "gone").rename(tmp_path / "hf" / gone)
     (tmp_path / "sd3" / "transformer").mkdir(parents=True)
-    assert "Stable Diffusion 3" in refused(monkeypatch, capsys, tmp_path, tmp_path / "sd3")
+    assert "Stable Diffusion 3" in refused(tmp_path / "sd3")
+    assert "--ema" in refused(tmp_path / "hf", "--ema")
+    for text, words in (("{", "vae/config.json"), ("{}", "block_out_channels")):
+        (tmp_path / "hf/vae/config.json").write_text(text)
+        assert words in refused(tmp_path / "hf")
 
 
-def test_broken_json_is_named(monkeypatch, capsys, tmp_path):
-    write_hf(tmp_path / "hf", "sd15")
-    (tmp_path / "hf/vae/config.json").write_text("{")
-    assert "vae/config.json" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
-    (tmp_path / "hf/vae/config.json").write_text("{}")
-    assert "block_out_channels" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
-
-
-def test_ema_where_there_is_none_is_refused(monkeypatch, capsys, tmp_path):
-    arguments = write_single(tmp_path, "sd15")
-    assert "--ema" in refused(monkeypatch, capsys, tmp_path, arguments["source"], "--ema", *options(arguments))
-    write_hf(tmp_path / "hf", "sd15")
-    assert "--ema" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf", "--ema")
-
-
-def test_out_dir_that_holds_something_or_cannot_be_made_is_refused(monkeypatch, capsys, tmp_path):
+def test_out_dir_that_holds_something_or_cannot_be_made_is_refused(refused, tmp_path):
     write_hf(tmp_path / "hf", "sd15")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("keep me")
-    assert "isn't empty" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf", out=tmp_path / "full")
-    assert "isn't empty" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf", out=tmp_path / "full" / "precious")
-    inside = tmp_path / "full" / "precious" / "out"
-    assert "can't write" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf", out=inside)
+    assert "isn't empty" in refused(tmp_path / "hf", out=tmp_path / "full")
+    assert "isn't empty" in refused(tmp_path / "hf", out=tmp_path / "full" / "precious")
+    assert "can't write" in refused(tmp_path / "hf", out=tmp_path / "full" / "precious" / "out")
 
 
-def test_an_error_while_writing_leaves_nothing(monkeypatch, capsys, tmp_path):
+def test_an_error_while_writing_leaves_nothing(refused, monkeypatch, tmp_path):
     write_hf(tmp_path / "hf", "sd15")
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(convert_weights, "write_config", full)
-    assert "No space left" in refused(monkeypatch, capsys, tmp_path, tmp_path / "hf")
-
-
-def test_the_command_itself_prints_a_summary_or_one_line(tmp_path):
-    write_hf(tmp_path / "hf", "sd15")
-    command = [sys.executable, str(ROOT / "convert_weights.py")]
-    done = subprocess.run([*command, tmp_path / "hf", tmp_path / "out", "--dtype", "float16"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "unet" in done.stdout and done.stdout.rstrip().endswith("left 0"), done.stderr
-    done = subprocess.run([*command, tmp_path / "nothing", tmp_path / "out2"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "No space left" in refused(tmp_path / "hf")
 
 
 # ---- tokenizer ----
 
 def test_tokenizer_gives_the_ids_of_transformers(tmp_path):
-    tokenizer = convert_weights.build_tokenizer(*convert_weights.read_vocabulary(write_tokenizer(tmp_path / "tokens")))
+    vocab, merges = convert_weights.read_vocabulary(write_tokenizer(tmp_path / "tokens"))
+    tokenizer = convert_weights.build_tokenizer(vocab, merges)
     for row in BPE["golden"]:
         assert tokenizer.encode(row["prompt"], add_special_tokens=False).ids == row["ids"], row["prompt"]
-
-
-def test_tokenizer_json_gives_the_same_tokenizer_as_its_parts(tmp_path):
-    vocab, merges = convert_weights.read_vocabulary(write_tokenizer(tmp_path / "tokens"))
     (tmp_path / "one").mkdir()
-    convert_weights.build_tokenizer(vocab, merges).save(str(tmp_path / "one" / "tokenizer.json"))
+    tokenizer.save(str(tmp_path / "one" / "tokenizer.json"))
     assert convert_weights.read_vocabulary(tmp_path / "one") == (vocab, merges)
 
 
@@ -695,45 +590,38 @@ def test_full_vocabulary_gives_the_published_ids():
         assert tokenizer.encode(row["prompt"], add_special_tokens=False).ids == row["ids"], row["prompt"]
 
 
-# ---- memory ----
+# ---- the command itself, and its memory ----
 
 MEASURE = """
 import re, sys, convert_weights
-def peak():     # of this process alone: getrusage's figure begins at the parent's
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-convert_weights.convert(*sys.argv[-2:])     # a narrow model, so that all code is loaded
+def peak():     # of this process alone, in MiB: getrusage's figure begins at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+narrow, *sources, configs, tokens = sys.argv[1:]
+convert_weights.convert(narrow, narrow + "-out")     # so that all code is loaded
 before = peak()
-del sys.argv[-2:]
-convert_weights.main()
-print("KiB", peak() - before)
+for source in sources:
+    sys.argv[1:] = source, source + "-out", "--config", configs, "--tokenizer", tokens
+    convert_weights.main()
+    print("MiB", peak() - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_converting_takes_far_less_memory_than_twice_the_largest_component(tmp_path, kind):
+def test_the_command_takes_far_less_memory_than_twice_the_largest_component(tmp_path):
     if not Path("/proc/self/status").is_file():
         pytest.skip("reads the peak memory as Linux reports it")
-    widths = {"block_out_channels": [16, 16, 320, 320]}
-    unet = UNetConfig(channels=(16, 16, 320, 320), heads=(2, 2, 2, 2), context_dim=16, groups=8)
-    with torch.device("meta"):
-        names = UNet(unet).state_dict()
-    big = {"unet": {name: torch.zeros(tensor.shape) for name, tensor in names.items()}}
-    configs, tokens = write_configs(tmp_path / "big", "sd15", unet=widths), write_tokenizer(tmp_path / "tokens")
-    source = tmp_path / f"model.{kind}"
-    (save_file if kind == "safetensors" else torch.save)(to_original(random_weights("sd15") | big, "sd15"), source)
+    unet = UNetConfig(channels=(16, 16, 208, 208), heads=(2, 2, 2, 2), context_dim=16, groups=8)
+    write_configs(tmp_path / "big", "sd15", unet={"block_out_channels": unet.channels})
+    big = {name: torch.zeros(tensor.shape) for name, tensor in build(UNet, unet).state_dict().items()}
+    state = to_original(random_weights("sd15") | {"unet": big}, "sd15")
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.ckpt")
     write_hf(tmp_path / "narrow", "sd15")
-    arguments = [source, tmp_path / "out", "--config", configs, "--tokenizer", tokens]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments, tmp_path / "narrow", tmp_path / "narrow_out"],
+    places = ["narrow", "model.safetensors", "model.ckpt", "big", "narrow/tokenizer"]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *(tmp_path / place for place in places)],
                           capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    taken, largest = int(done.stdout.split()[-1]) / 1024, (tmp_path / "out" / "unet.safetensors").stat().st_size / 2**20
-    print(f"{kind}: component {largest:.0f} MiB, additional peak {taken:.0f} MiB")
+    assert done.returncode == 0 and "left 0" in done.stdout, done.stderr
+    safe, pickled = (float(x) for x in re.findall(r"MiB (.*)", done.stdout))
+    largest = (tmp_path / "model.ckpt-out" / "unet.safetensors").stat().st_size / 2**20
+    print(f"component {largest:.0f} MiB, additional peak {safe:.0f} MiB, from a pickle {pickled:.0f} MiB")
     # a pickle is mapped, and touched pages of the map count; from safetensors one tensor is in memory at a time
-    assert largest > 150 and 0 < taken < largest * (1.2 if kind == "ckpt" else 0.3)
-
-
-def test_written_files_are_valid_safetensors_with_metadata(tmp_path):
-    write_hf(tmp_path / "hf", "sd15")
-    convert_weights.convert(tmp_path / "hf", tmp_path / "out")
-    with safe_open(tmp_path / "out" / "unet.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+    assert largest > 60 and 0 < safe < 0.3 * largest and pickled < 1.2 * largest
