@@ -317,7 +317,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
     def clean(x: Tensor, i: int) -> Tensor:
         return x0_and_eps(x, predict(x, i), plan.now[i], plan.prediction)[0]
 
-    step = plan.solver(plan, lambda: draw_noise(generators, noise))
+    unit = lambda: draw_noise(generators, noise)
+    step = plan.solver(plan, unit)
     x = noise * plan.start_scale if init is None else add_noise(init, noise, plan.now[run.first])
     for i in range(run.first, plan.calls):
         if plan.begins[i]:
@@ -325,8 +326,8 @@ def generate(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, nega
                 x = freescale.mix(i, x)
             if cache is not None:                                      # Faster Diffusion: prior noise injection
                 x = cache.inject(i, x)
-            if masks is not None:                                      # training-free masks: searched for by its x0
-                masks.search(i, x, clean)
+            if masks is not None and masks.search(i, x, clean):        # training-free masks: searched for by its x0
+                step = plan.solver(plan, unit)                         # as released: the solver forgets earlier steps
         out = predict(x, i)
         if cache is not None and plan.begins[i]:                       # the same injection, in the released order
             x = cache.inject(i, x, predicted=True)

@@ -32,7 +32,7 @@ def read(text: str, kinds: Kinds) -> Any:
     names = [field.name for field in fields(kinds[kind])]
     for place, part in enumerate(parts):
         name, equals, value = part.partition("=")
-        if not equals and name in names and hints[name] is bool:
+        if not equals and name in names and bool in (hints[name], *get_args(hints[name])):
             value = "yes"
         elif not equals or name not in names and place < len(names) and hints[names[place]] in (Path, str):
             name, value = names[place] if place < len(names) else "", part               # by its place, as in a call
