@@ -10,9 +10,9 @@ without such kernels form it, heads x N x N numbers per row, and there the plan 
 """
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,26 @@ class Meter(TorchDispatchMode):
     def free(self, storage: int) -> None:
         self.alive -= self.sizes.pop(storage)
 
+    def once_per_shape(self, module: nn.Module) -> None:
+        """From now on, only the first input of each shape is run; others of that shape count the same.
+
+        A large picture has hundreds of tiles of one shape.
+        """
+        run, known = module.forward, {}
+
+        def forward(x: Tensor, *more: Any) -> Tensor:
+            if x.shape in known:
+                shape, peak, flops = known[x.shape]
+                self.peak, self.flops = max(self.peak, self.alive + peak), self.flops + flops
+                return x.new_empty(shape)
+            start, flops, highest = self.alive, self.flops, self.peak
+            self.peak = start
+            out = run(x, *more)
+            known[x.shape] = out.shape, self.peak - start, self.flops - flops
+            self.peak = max(self.peak, highest)
+            return out
+        module.forward = forward
+
 
 class FusedAttention(TorchFunctionMode):
     """On the meta device, attention allocates what a fused kernel does: only the result, laid out like the queries."""
@@ -74,24 +94,26 @@ class FusedAttention(TorchFunctionMode):
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """The cost of one call: its peak in bytes, above those in use before it, and its floating-point operations."""
     peak: int
     flops: int
 
 
-def measure(run: Callable[[], Any], *modules: nn.Module) -> Cost:
-    """The cost of run(). The modules' weights exist already and don't count."""
+def measure(run: Callable[[], Any], *modules: nn.Module, tiled: tuple[nn.Module, ...] = ()) -> Cost:
+    """The cost of run(). The modules' weights exist already and don't count. tiled: see `Meter.once_per_shape`."""
     meter = Meter()
     meter.ignore(*(p for module in modules for p in module.parameters()))
+    for module in tiled:
+        meter.once_per_shape(module)
     with torch.no_grad(), FusedAttention(meter), meter:
         run()
+    for module in tiled:
+        del module.forward                                             # the class's own again
     return Cost(meter.peak, meter.flops)
 
 
-@dataclass(frozen=True)
-class StagePlan:
+class StagePlan(NamedTuple):
     """One stage: size in pixels, the cost of one call and of the VAE before it (and after the last), bytes in all."""
     height: int
     width: int
@@ -106,40 +128,43 @@ def plan_stages(config: ModelConfig, freescale: FreeScale, images: int = 1, guid
                 stages: list[int] | None = None, **techniques: Any) -> list[StagePlan]:
     """Memory and operations of these stages of a cascade (None: all). tile: the VAE's `tile` for given latents.
 
-    freescale: with the sizes of all stages, see `FreeScale.fit`. low_memory: as in `StableDiffusion.load`.
+    freescale: with the sizes of all stages, see `FreeScale.fit`; a plain picture is one stage. low_memory: as in
+    `StableDiffusion.load`.
     """
     unet, vae = build(UNet, config.unet).to(dtype), build(VAE, config.vae)
     vae.to(torch.float32 if config.vae.force_upcast and dtype == torch.float16 else dtype)
     texts = [build(TextEncoder, c).to(dtype) for c in (config.text_encoder, config.text_encoder_2) if c is not None]
-    resident = weight_bytes(unet) + (0 if low_memory else weight_bytes(vae, *texts))
+    resident = weight_bytes(unet) if low_memory else weight_bytes(unet, vae, *texts)
+    beside = weight_bytes(unet, vae) if low_memory else resident       # while the VAE runs
 
-    def latents(height: int, width: int) -> Tensor:
-        side = config.vae.factor
-        return torch.empty(images, config.unet.in_channels, height // side, width // side, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(images, *shape, dtype=dtype, device="meta")
+
+    def latents(size: tuple[int, int]) -> Tensor:
+        return empty(config.unet.in_channels, *(side // config.vae.factor for side in size), dtype=torch.float32)
 
     def call(size: tuple[int, int], number: int) -> None:
-        context = torch.empty(images, config.text_encoder.length, config.unet.context_dim, dtype=dtype, device="meta")
-        added = torch.empty(images, config.unet.add_dim, dtype=dtype, device="meta") if config.unet.add_dim else None
-        said, noise = Condition(context, added), latents(*size)
-        generators = [torch.Generator().manual_seed(0) for _ in range(images)]
+        said = Condition(empty(config.text_encoder.length, config.unet.context_dim),
+                         empty(config.unet.add_dim) if config.unet.add_dim else None)
         both = guided and not low_memory                               # branches in turn are alike: one is measured
+        noise, later = latents(size), {"freescale": freescale} if number else {}
         next(generate(unet, noise, said, said if both else None, plan("ddim", 1), 7.5, noise if number else None,
-                      generators=generators, **techniques | ({"freescale": freescale} if number else {})))
+                      generators=[torch.Generator() for _ in range(images)], **techniques | later))
 
     def code(size: tuple[int, int], number: int) -> None:
         if number and freescale.upsample == "rgb":
-            enlarge(latents(*freescale.resolutions[number - 1]), size, "rgb", vae, latents(*size), tile(latents(*size)))
+            enlarge(latents(freescale.resolutions[number - 1]), size, "rgb", vae, latents(size), tile(latents(size)))
         if number == len(freescale.resolutions) - 1:
-            z = latents(*size)
+            z = latents(size)
             image = torch.cat([vae.decode(part, tile(z)).float() for part in together(z)])
             (image / 2 + 0.5).clamp(0, 1)
 
     plans = []
     for number, size in enumerate(freescale.resolutions):
         if stages is None or number in stages:
-            step, coding = measure(lambda: call(size, number), unet), measure(lambda: code(size, number), vae)  # noqa: B023
-            step = replace(step, flops=2 * step.flops) if guided and low_memory else step
-            beside = weight_bytes(unet, vae) if low_memory else resident
+            step = measure(partial(call, size, number), unet)
+            coding = measure(partial(code, size, number), vae, tiled=(vae.encoder, vae.decoder))
+            step = Cost(step.peak, step.flops * 2 if guided and low_memory else step.flops)
             plans.append(StagePlan(*size, step, coding, max(resident + step.peak, beside + coding.peak)))
     return plans
 
@@ -157,19 +182,19 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on the device; None if the system doesn't say."""
+    """Bytes that are free on the device (main memory: with what can be swapped); None if the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and Path("/proc/meminfo").is_file():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(1024 * int(found.get(name, "0").split()[0]) for name in ("MemAvailable", "SwapFree")) or None
     return None
 
 
 # ------------------------------------------------------------------------------------- multiply-adds, unit by unit
 
-def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tuple[int, int]]:
-    """Multiply-adds of each unit of the flat list for one latent: without cross-attention, and of cross-attention.
+def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tuple[int, int, int]]:
+    """Multiply-adds of each unit of the flat list for one latent: without attention, and of self- and cross-attention.
 
     Convolutions, linear layers and the two products of attention, by their shapes: equal to half of torch's FLOP
     count. This is for a single pass, in which each unit projects text and time itself. The last unit includes the
@@ -179,7 +204,7 @@ def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tup
         return sum(module.weight.numel() for module in modules)
 
     def count(unit: Unit, size: tuple[int, int]) -> list[int]:
-        n, text = size[0] * size[1], 0
+        n, own, text = size[0] * size[1], 0, 0
         macs = 0 if unit.conv is None else n * weights(unit.conv)
         for r in unit.resnets:
             shortcut = [] if r.conv_shortcut is None else [r.conv_shortcut]
@@ -187,12 +212,13 @@ def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tup
         if unit.attention is not None:
             macs += n * weights(unit.attention.proj_in, unit.attention.proj_out)
             for block in unit.attention.transformer_blocks:
-                own, cross, (gate, _, out) = block.attn1, block.attn2, block.ff.net
-                c = own.to_q.out_features
-                macs += n * weights(own.to_q, own.to_k, own.to_v, own.to_out[0], gate.proj, out) + 2 * n * n * c
+                itself, cross, (gate, _, out) = block.attn1, block.attn2, block.ff.net
+                c = itself.to_q.out_features
+                macs += n * weights(gate.proj, out)
+                own += n * weights(itself.to_q, itself.to_k, itself.to_v, itself.to_out[0]) + 2 * n * n * c
                 text += n * weights(cross.to_q, cross.to_out[0]) + tokens * weights(cross.to_k, cross.to_v)
                 text += 2 * n * tokens * c
-        return [macs, text]
+        return [macs, own, text]
 
     sizes, counts = [], []
     for k, unit in enumerate(unet.units()):
@@ -209,7 +235,7 @@ def unit_macs(unet: UNet, height: int, width: int, tokens: int = 77) -> list[tup
                 counts[-1][0] += h * w * weights(unit.up)
     embeddings = [unet.time_embedding] + ([unet.add_embedding] if unet.config.add_dim else [])
     counts[-1][0] += height * width * weights(unet.conv_out) + sum(weights(e.linear_1, e.linear_2) for e in embeddings)
-    return [(macs, text) for macs, text in counts]
+    return [(macs, own, text) for macs, own, text in counts]
 
 
 def shape_run(unet: UNet, height: int, width: int, steps: int, first: int = 0, guided: bool = True,
@@ -232,6 +258,6 @@ def run_macs(unet: UNet, height: int, width: int, steps: int, first: int = 0, gu
     cache, tgate = run.acting.get("cache"), run.acting.get("tgate")
     for i in range(run.first, run.plan.calls):
         runs = range(len(units)) if cache is None else cache.units(i)
-        attends = tgate is None or tgate.open(i)
-        total += len(run.halves(i)) * sum(units[k][0] + (units[k][1] if attends else 0) for k in runs)
+        acts = (True, tgate is None or tgate.own(i), tgate is None or tgate.open(i))
+        total += len(run.halves(i)) * sum(macs for k in runs for macs, counts in zip(units[k], acts) if counts)
     return total

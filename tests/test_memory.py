@@ -63,12 +63,15 @@ def test_low_memory_and_small_batches_need_less_and_larger_stages_more():
     assert (first.height, second.width) == (64, 128) and first.vae.peak == 0 < second.vae.peak
 
 
-def test_tiles_bound_the_vaes_memory_and_fast_mode_saves_operations():
+def test_tiles_bound_the_vaes_memory_and_fast_mode_saves_operations(monkeypatch):
     config, free = read_config(TINY), FreeScale(((64, 64), (256, 256)), native=16)
-    whole, tiled = (plan_stages(config, free, stages=[1], tile=lambda z, t=t: t)[0] for t in (None, 16))
-    assert tiled.vae.peak < 0.5 * whole.vae.peak
-    fast = plan_stages(config, replace(free, fast=True), stages=[1])[0]
-    assert fast.unet.flops < 0.9 * whole.unet.flops
+    whole = plan_stages(config, free, stages=[1])[0]
+    tiled = plan_stages(config, replace(free, fast=True), stages=[1], tile=lambda z: 32)[0]
+    assert tiled.vae.peak < 0.6 * whole.vae.peak and tiled.unet.flops < 0.9 * whole.unet.flops
+    monkeypatch.setattr(Meter, "once_per_shape", lambda self, module: setattr(module, "forward", module.forward))
+    every = plan_stages(config, replace(free, fast=True), stages=[1], tile=lambda z: 32)[0]   # all tiles are run
+    assert every.vae.peak == pytest.approx(tiled.vae.peak, rel=1e-3)
+    assert every.vae.flops == pytest.approx(tiled.vae.flops, rel=1e-3)
 
 
 def test_sdxls_operations_at_its_own_size_are_the_known_ones():
@@ -78,12 +81,11 @@ def test_sdxls_operations_at_its_own_size_are_the_known_ones():
     assert planned.memory < 12e9
 
 
-@pytest.mark.parametrize("side,gigabytes", [(4096, 12), (8192, 24)])
-def test_sdxl_draws_4096_pixels_within_12_gigabytes_and_8192_within_24(side, gigabytes):
-    sizes = tuple((s, s) for s in (1024, 2048, 4096, 8192) if s <= side)
-    planned = plan_stages(FAMILIES["sdxl"], FreeScale(sizes, native=128), low_memory=True,
-                          tile=lambda z: tile_side(None, z), stages=[len(sizes) - 1])[0]
-    assert planned.memory < gigabytes * 1e9
+def test_sdxl_draws_4096_pixels_within_12_gigabytes_and_8192_within_24():
+    sizes = tuple((side, side) for side in (1024, 2048, 4096, 8192))
+    four, eight = plan_stages(FAMILIES["sdxl"], FreeScale(sizes, native=128), low_memory=True,
+                              tile=lambda z: tile_side(None, z), stages=[2, 3])
+    assert four.memory < 12e9 and eight.memory < 24e9
 
 
 def test_feed_forward_layers_take_large_maps_in_pieces(monkeypatch):
