@@ -1,16 +1,15 @@
-"""What the caches save: multiply-adds by torch's FLOP counter, seconds by the clock, and what becomes of the pictures.
+"""What the caches save: multiply-adds by torch's FLOP counter, seconds by the clock.
 
     python -m benchmarks.cache                                                 # everything, SD 1.5's shapes, on the CPU
     python -m benchmarks.cache --parts macs --family sdxl --size 1024
     python -m benchmarks.cache --parts parallel --schedule-size 512 --group 15
     python -m benchmarks.cache --parts passes schedules --device cuda --dtype bfloat16 --schedule-size 512 --rounds 20
 
-Five parts, each a function whose rows are printed as a table: `macs`, of one pass of one latent (no weights are made
+Four parts, each a function whose rows are printed as a table: `macs`, of one pass of one latent (no weights are made
 for it); `passes`, the time of a key step and of cheap ones; `schedules`, of whole runs of the sampling loop;
-`parallel`, time and memory of one group of parallel Faster Diffusion by its decoder's batch; `tiny`, of complete
-pictures of the tiny model, with the exact score and the likeness to the uncached picture.
-Weights are random except in the last. Times are medians of rounds in one process. Each round times everything once, in
-an order that turns from round to round; speed-ups are medians of each round's own ratio.
+`parallel`, time and memory of one group of parallel Faster Diffusion by its decoder's batch. Weights are random;
+`lab/cache_study.py` measures the pictures of a trained model. Times are medians of rounds in one process. Each round
+times everything once, in an order that turns from round to round; speed-ups are medians of each round's own ratio.
 """
 import argparse
 import json
@@ -20,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -28,13 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from command import ArgumentParser, InputError, replacing, run_command
-from folder import TINY
-from lab.evaluate import evaluate, mixed_prompts
-from lab.study import bootstrap
 from memory import measure, run_macs, shape_run, unit_macs
-from pictures import psnr
 from sampler import Condition, Run, begin, generate, plan
-from stable_diffusion import StableDiffusion
 from unet import CONFIGS, OFF, Techniques, UNet, UNetConfig, sinusoid
 
 Settings = dict[str, Any]              # of a run, by the names of techniques: cache and tgate
@@ -124,12 +117,11 @@ def macs(family: str, side: int) -> list[dict[str, Any]]:
 
 def timed(call: Callable[[], Any], device: str) -> float:
     """Seconds, of the device's work too."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - started
 
 
@@ -195,7 +187,7 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
     x = given["noise"].repeat(2, 1, 1, 1).to(text.source.dtype)
     network = torch.compile(unet, recompile_limit=64) if args.compile else unet
     units = unit_macs(unet, args.size // 8, args.size // 8)
-    full, cross = sum(map(sum, units)), sum(text for _, text in units)
+    full, cross = sum(map(sum, units)), sum(text for *_, text in units)
     calls, ideal = {}, {}
 
     def add(name: str, on: Techniques, macs: int = full) -> None:
@@ -287,34 +279,6 @@ def parallel(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def tiny(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Complete pictures of the tiny model, several at a time: time of one, exact score, likeness to the uncached."""
-    sd = StableDiffusion.load(TINY, args.device)
-    side, prompts = sd.config.size // sd.config.vae.factor, mixed_prompts(args.n, seed=40_000)
-    table = schedules_of(args.steps, sd.unet.config, args.only)
-    settings = {"steps": args.steps, "cfg_scale": 4.0}
-    few = prompts[:args.tiny_batch]
-
-    def draw(techniques: Settings) -> None:
-        sd.decode(sd.sample(few, seed=0, **settings, **techniques))
-    calls = {name: lambda techniques=techniques: draw(techniques) for name, techniques in table.items()}
-    tokens = sd.config.text_encoder.length
-    counts = {name: run_macs(sd.unet, side, side, args.steps, **techniques, tokens=tokens)
-              for name, techniques in table.items()}
-    rows = against_first(alternate(calls, args.rounds, args.device), {k: counts["full"] / v for k, v in counts.items()})
-    plain: list[np.ndarray] = []
-    for row, techniques in zip(rows, table.values()):
-        row["G per picture"], row["seconds"] = counts[row["what"]] / 1e9, row["seconds"] / len(few)
-        verdicts, pictures = evaluate(sd, prompts, batch=50, seed=0, **settings, **techniques)
-        plain = plain or pictures
-        right = np.array([v.ok for v in verdicts])
-        likeness = [psnr(*(torch.from_numpy(p).float() / 255 for p in pair)) for pair in zip(pictures, plain)]
-        score = bootstrap(right, prompts)["overall"]
-        row |= {"score": score.mean, "95 % interval": [score.low, score.high], "n": score.n}
-        row |= {"PSNR, dB (median)": None if pictures is plain else median(likeness)}
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------------ command line
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -334,26 +298,24 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = ArgumentParser(description="What the caches save, counted and timed.",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "parallel", "tiny"],
-                        choices=["macs", "passes", "schedules", "parallel", "tiny"])
+    parser.add_argument("--parts", nargs="+", default=["macs", "passes", "schedules", "parallel"],
+                        choices=["macs", "passes", "schedules", "parallel"])
     parser.add_argument("--family", default="sd15", choices=CONFIGS, help="architecture, with random weights")
     parser.add_argument("--size", type=int, default=512, help="pixels of macs and passes (8 per latent pixel)")
     parser.add_argument("--schedule-size", type=int, default=128, help="pixels of schedules and parallel")
     parser.add_argument("--group", type=int, default=15, help="steps of parallel (15: the longest of the paper's 50)")
-    parser.add_argument("--steps", type=int, default=50, help="of schedules and tiny")
+    parser.add_argument("--steps", type=int, default=50, help="of schedules")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="pictures of passes and schedules, each with guidance")
     parser.add_argument("--branches", type=int, nargs="+", help="of passes (default: all)")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="schedules whose names contain one of these")
-    parser.add_argument("--n", type=int, default=500, help="pictures of the tiny model that are judged")
-    parser.add_argument("--tiny-batch", type=int, default=1, help="pictures of the tiny model at a time, when timed")
     parser.add_argument("--profile", action="store_true", help="passes: also which operations the time goes to (JSON)")
     parser.add_argument("--compile", action="store_true", help="passes: with torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows here; parts that it has stay")
     args = parser.parse_args()
-    counts = (args.rounds, args.group, args.batch, args.n, args.tiny_batch, args.steps, args.size, args.schedule_size)
+    counts = (args.rounds, args.group, args.batch, args.steps, args.size, args.schedule_size)
     if min(counts) < 1 or args.size % 64 or args.schedule_size % 64:
         raise InputError("counts must be 1 or more, and sizes multiples of 64")
     where = (f"{args.device}, {args.dtype}{', compiled' if args.compile else ''}, {torch.get_num_threads()} threads, "
@@ -362,10 +324,9 @@ def main() -> None:
               "passes": f"{args.family}, {args.size} px, {where}: one pass with guidance",
               "schedules": f"{args.family}, {args.schedule_size} px, {args.steps} steps, {where}: a run with guidance",
               "parallel": f"{args.family}, {args.schedule_size} px, {where}: a group of {args.group} steps, Faster "
-                          "Diffusion, with guidance",
-              "tiny": f"tiny model, {args.steps} steps, guidance 4, {where}: {args.tiny_batch} pictures at a time"}
+                          "Diffusion, with guidance"}
     parts = {"macs": lambda: macs(args.family, args.size // 8), "passes": lambda: passes(args),
-             "schedules": lambda: schedules(args), "parallel": lambda: parallel(args), "tiny": lambda: tiny(args)}
+             "schedules": lambda: schedules(args), "parallel": lambda: parallel(args)}
     for part in args.parts:
         rows = parts[part]()
         show(titles[part], rows)

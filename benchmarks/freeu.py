@@ -2,8 +2,8 @@
 
     python -m benchmarks.freeu --family sd15 --size 512
 
-Times the decoder layers' FreeU calls alone (on maps of their true shapes) and whole steps with and without, alternating
-in one process; prints medians. The first number is the exact one: whole steps differ by less than their own noise.
+Times FreeU's calls in the decoder, and whole steps with and without FreeU in turns, in one process; prints medians. The
+calls' share is the exact number: the difference of whole steps is smaller than their noise.
 """
 import argparse
 import time
@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchmarks.cache import alternate
 from command import ArgumentParser, run_command
 from freeu import PRESETS, FreeU
 from unet import CONFIGS, Techniques, UNet, UNetConfig
@@ -19,7 +20,7 @@ from unet import CONFIGS, Techniques, UNet, UNetConfig
 
 class Noting(FreeU):
     """FreeU that also notes how long each of its calls took."""
-    seconds: list[float] = []                      # one per call, of all calls since it was last cleared
+    seconds: list[float] = []
 
     def __call__(self, h: Tensor, skip: Tensor, layer: int, config: UNetConfig) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
@@ -48,21 +49,11 @@ def main() -> None:
         added = torch.zeros(2, config.add_dim, dtype=dtype) if config.add_dim else None
         shifts = unet.embed_time(torch.tensor(500), added)
     freeu = Noting(*PRESETS[2][args.family])
-
-    def step(freeu: FreeU | None) -> float:
-        started = time.perf_counter()
-        unet(x, shifts, text, on=Techniques(freeu=freeu))
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-    step(None)
-    step(freeu)                                                                           # warm-up
-    plain, with_freeu, alone = [], [], []
-    for _ in range(args.rounds):
-        plain.append(step(None))
-        freeu.seconds.clear()
-        with_freeu.append(step(freeu))
-        alone.append(sum(freeu.seconds))
+    seconds = alternate({"plain": lambda: unet(x, shifts, text),
+                         "freeu": lambda: unet(x, shifts, text, on=Techniques(freeu=freeu))}, args.rounds, args.device)
+    plain, with_freeu = seconds.values()
+    calls = len(freeu.seconds) // (args.rounds + 1)                    # per step; the first step was the warm-up
+    alone = [sum(freeu.seconds[k * calls:(k + 1) * calls]) for k in range(1, args.rounds + 1)]
     share, ratio = [100 * a / p for a, p in zip(alone, plain)], [w / p for w, p in zip(with_freeu, plain)]
     print(f"{args.family} {args.size} px, batch 2, {args.dtype}, {args.device}, {args.rounds} rounds, "
           f"{torch.get_num_threads()} threads")

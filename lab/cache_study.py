@@ -8,24 +8,22 @@ each level's output moves from one step to the next. `Watch` stands in a cache's
 Results made with the same settings and weights are kept; all numbers are in cache.json.
 Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858, which has the same curves for its branch.
 """
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.cache import against_first, alternate
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from command import InputError, run_command
 from freeu import PRESETS, FreeU
 from lab import study
-from lab.evaluate import compare_arms, measure_arm, mixed_prompts, sample, to_bytes
+from lab.evaluate import measure_arms, mixed_prompts, sample, to_bytes
 from lab.freeu_study import PROMPTS, TINY_PROMPTS
-from lab.study import Arm, Results, Row, bootstrap, line, markdown
+from lab.study import Arm, Results, Row, bootstrap, line
 from memory import run_macs
 from pictures import psnr
 from stable_diffusion import StableDiffusion
@@ -97,6 +95,9 @@ def curves(sd: StableDiffusion, prompts: list[str], settings: Row, seed: int, ou
 
 # ------------------------------------------------------------------------------------------------ quality against speed
 
+PRIMARY = "DeepCache b1 N5", "Faster paper"                            # as the papers propose them
+
+
 def arms(steps: int) -> dict[str, Arm]:
     """What is compared, by name. "fewer steps" is the plain model at a cache's price."""
     gate, center, freeu = max(2 * steps // 5, 1), 3 * steps // 10, FreeU(*PRESETS[2]["tiny"])
@@ -122,15 +123,19 @@ def arms(steps: int) -> dict[str, Arm]:
     table += [Arm(f"FreeU + {name}", f"FreeU with {name}", {"freeu": freeu, "cache": cache}, "FreeU", "FreeU + cache")
               for name, cache in (("DeepCache b1 N3", DeepCache(3, 1)),
                                   ("Faster paper", FasterDiffusion("paper", alpha=0.0)))]
-    return {arm.name: arm for arm in table}
+    return {arm.name: replace(arm, primary=arm.name in PRIMARY) for arm in table}
 
 
-def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Results, n: int, seed: int) -> None:
+def measure(sd: StableDiffusion, run: list[Arm], settings: Row, results: Results, n: int, seed: int) -> None:
     """Every arm draws the same n prompts from the same noise: score, lead over its base, likeness, arithmetic."""
-    prompts, drawn = mixed_prompts(n, seed=50_000 + seed), {arm.base: {} for arm in table}
+    prompts, table = mixed_prompts(n, seed=50_000 + seed), arms(settings["steps"])
+    drawn: dict[str, dict[int, np.ndarray]] = {arm.base: {} for arm in run}
     side, tokens = sd.config.size // sd.config.vae.factor, sd.config.text_encoder.length
-    macs = partial(run_macs, sd.unet, side, side, tokens=tokens)
-    bases = {arm.name: arm for arm in table if arm.name in drawn}
+
+    def macs(**techniques: Any) -> int:
+        techniques = {name: techniques[name] for name in ("cache", "tgate") if name in techniques} | {
+            "steps": techniques.get("steps", settings["steps"])}
+        return run_macs(sd.unet, side, side, tokens=tokens, **techniques)
 
     def likeness(arm: Arm, batch: list[int], _: Tensor, pictures: list[np.ndarray]) -> list[Row]:
         if arm.name in drawn:
@@ -138,39 +143,31 @@ def measure(sd: StableDiffusion, table: list[Arm], settings: Row, results: Resul
         plain = drawn[arm.base]
         if absent := [k for k in batch if k not in plain]:             # the base was measured by an earlier run
             plain |= zip(absent, to_bytes(sample(sd, [prompts[k] for k in absent], [seed + k for k in absent],
-                                                 settings | bases[arm.base].settings)))
+                                                 settings | table[arm.base].settings)))
         return [{"PSNR": psnr(*(torch.from_numpy(of).float() / 255 for of in (picture, plain[k])))}
                 for k, picture in zip(batch, pictures)]
 
-    def summary(rows: list[Row]) -> Row:
+    def summary(_: Arm, rows: list[Row]) -> Row:
         of = [row["PSNR"] for row in rows]
         return {"PSNR": float(np.median(of)), "PSNR, 5 % and 95 %": np.percentile(of, (5, 95)).tolist()}
-    for arm in tqdm(table, desc="arms", unit="arm"):
-        measure_arm(sd, results, arm, prompts, seed, 50, settings, partial(likeness, arm), summary)
-    found = compare_arms(results, arms(settings["steps"]).values(), prompts, "base")
-    rows = [["arm", "times less arithmetic", "score", "base", *study.LEAD, "PSNR, dB"]]
-    for arm in table:
-        techniques = {name: of for name, of in arm.settings.items() if name in ("cache", "tgate")}
-        less = macs(settings["steps"]) / macs(arm.settings.get("steps", settings["steps"]), **techniques)
-        x = found[arm.name] | {"group": arm.group, "arithmetic": less}
-        results.write("measure", arm.name, x)
-        rows.append([arm.name, f"{less:.2f}", f"{x['score']:.3f}", arm.base, *study.lead_cells(x), f"{x['PSNR']:.1f}"])
-    print(f"n = {n}; intervals are 95 %\n\n{markdown(rows)}", flush=True)
+    measure_arms(sd, results, table.values(), run, prompts, seed, 50, settings, likeness, summary,
+                 lambda arm, _: {"arithmetic": macs() / macs(**arm.settings)},
+                 {"times less arithmetic": ("arithmetic", ".2f"), "PSNR, dB": ("PSNR", ".1f")})
 
 
 def clock(sd: StableDiffusion, table: list[Arm], settings: Row, n: int, rounds: int, results: Results) -> None:
     """Adds the measured speed-up of every arm: sampling n pictures at a time, all arms in turn, medians."""
-    prompts, measured = mixed_prompts(n, seed=60_000), results.read("measure")
+    prompts, measured = mixed_prompts(n, seed=60_000), results.section("measure")
     calls = {arm.name: lambda arm=arm: sd.sample(prompts, **settings | arm.settings) for arm in table}
     for row in against_first(alternate(calls, rounds, sd.device.type),
                              {arm.name: measured[arm.name]["arithmetic"] for arm in table}):
-        results.write("measure", row["what"], measured[row["what"]] | {
-            f"speed-up, {n} at a time": [row["speed-up"], row["least"], row["greatest"]]})
+        measured[row["what"]][f"speed-up, {n} at a time"] = [row["speed-up"], row["least"], row["greatest"]]
+    results.write("measure", measured)
 
 
 def draw(results: Results, table: list[Arm], n: int, path: Path) -> None:
     """The trade: lead over the base and likeness against arithmetic saved, one line per group."""
-    measured, leads, likeness = results.read("measure"), [], []
+    measured, leads, likeness = results.section("measure"), [], []
     groups = dict.fromkeys(arm.group for arm in table if arm.base == "base" and arm.group)
     for k, group in enumerate(groups):
         of = sorted((measured[arm.name] for arm in table if arm.group == group), key=lambda row: row["arithmetic"])
@@ -210,12 +207,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 20:
         raise InputError("--steps must be 20 or more, so that all key steps fit")
-    family = study.check(args, "--measure" if args.measure else "", (args.steps,), images=1, n=1, rounds=1, seed=0)
-    sd, made_with = study.load(args)
+    sd, made_with = study.load(args, "--measure" if args.measure else "", (args.steps,), images=1, n=1, rounds=1,
+                               seed=0)
     settings, results = dict(steps=args.steps, sampler=args.sampler, cfg_scale=args.cfg_scale), Results(
         args.out / "cache.json", made_with)
     if args.curves:
-        prompts = TINY_PROMPTS if family == "tiny" else PROMPTS
+        prompts = TINY_PROMPTS if sd.config.family == "tiny" else PROMPTS
         prompts = [prompts[k % len(prompts)] for k in range(args.images)]
         found = results.entry("figures", "curves", lambda: curves(sd, prompts, settings, args.seed, args.out),
                               prompts=prompts, seed=args.seed, **settings)

@@ -1,15 +1,15 @@
-"""How often a model draws what was asked: the benchmark's prompts, its pictures, the exact scorer's verdicts.
+"""How often a model draws what was asked: prompts, pictures, and the exact scorer's verdicts.
 
     python -m lab.evaluate --n-per-prompt 4 --out result.json --sheet sheet.png       # takes txt2img.py's flags
     python -m lab.evaluate --cache deepcache --out cached.json
     python -m lab.evaluate --compare result.json cached.json                          # paired differences
 
-GenEval's six categories (arXiv 2310.11513); overall is their unweighted mean. A picture is right by the strict
-judgement of `lab/shapes.py`; the loose one, GenEval's own, is only reported. Intervals are 95 %, by the bootstrap over
+GenEval's six categories (arXiv 2310.11513); overall is their unweighted mean. The strict judgement of `lab/shapes.py`
+decides; quality and the loose judgement, GenEval's own, are only reported. Intervals are 95 %, by the bootstrap over
 prompts. The CLIP score is the cosine of picture and prompt in the model's own CLIP; the Frechet distance (arXiv
-1706.08500) to drawn pictures is measured in the features of its image tower. Start at `measure`, which all studies use.
-A stopped run goes on where it was, and processes under `torchrun` share the work. Only a model trained on the world of
-`lab/shapes.py` can be judged; for any other model this measures time and memory.
+1706.08500) to drawn pictures is measured in the features of its image tower. Start at `measure`; a study with several
+arms is `measure_arms`. A stopped run resumes, and processes under `torchrun` share the work. Only a model trained on
+the world of `lab/shapes.py` can be judged; for any other model this measures time and memory.
 """
 import argparse
 import hashlib
@@ -18,8 +18,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,21 +59,20 @@ def mixed_prompts(n: int, seed: int) -> list[str]:
 def read_rows(path: Path) -> list[Row]:
     """Rows {"kind", "seen", "prompt"} of a .jsonl file such as lab/bench.jsonl, or of a text file with one prompt per
     line (of kind "file"). Every prompt must be a sentence of the world's grammar."""
-    rows = []
+    rows, where = [], str(path)
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             where = f"{path}, line {number}"
             if line.strip():
                 row = json.loads(line) if path.suffix == ".jsonl" else {"kind": "file", "prompt": line.strip()}
-                shapes.verdict((), "white", shapes.parse(row["prompt"]), 64, 64)       # can it be judged?
                 rows.append({"kind": str(row["kind"]), "seen": row.get("seen"), "prompt": row["prompt"]})
-    except OSError as error:
-        raise InputError(f"can't read the prompts in {path} ({error.strerror})") from None
+                shapes.verdict((), "white", shapes.parse(row["prompt"]), 64, 64)       # can it be judged?
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"can't read the prompts in {path} ({error}); it must be a text file, or a .jsonl of rows"
+                         ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON ({error}); a row is like "
                          '{"kind": "colors", "prompt": "a red circle"}') from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file; give one prompt per line, or a .jsonl of rows") from None
     except (AttributeError, KeyError, TypeError):
         raise InputError(f'{where} needs a "kind" and a "prompt"') from None
     except ValueError as error:
@@ -84,13 +83,6 @@ def read_rows(path: Path) -> list[Row]:
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
-
-def evaluate(sd: StableDiffusion, prompts: list[str], batch: int = 25, seed: int = 0,
-             **settings) -> tuple[list[shapes.Verdict], list[np.ndarray]]:
-    """Verdicts and pictures (H, W, 3) of bytes, one per prompt; picture k has seed + k. settings: of `sd.sample`."""
-    pictures = draw(sd, prompts, batch, seed, settings)
-    return [shapes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts)], pictures
-
 
 def draw(sd: StableDiffusion, prompts: list[str], batch: int, seed: int, settings: Row) -> list[np.ndarray]:
     """One picture (H, W, 3) of bytes per prompt; picture k has seed + k. settings: of `sd.sample`."""
@@ -109,9 +101,9 @@ def to_bytes(images: Tensor) -> list[np.ndarray]:
 
 
 def judged(picture: np.ndarray, prompt: str) -> Row:
-    """A picture's scores: strict, the primary one; loose, GenEval's; and how good it is, from 0 to 1."""
+    """A picture's scores: strict, the primary one; how good it is, from 0 to 1; loose, GenEval's."""
     verdict = shapes.judge(picture, prompt)
-    return {"strict": verdict.ok, "loose": verdict.loose, "quality": round(shapes.measure(picture, prompt).quality, 5)}
+    return {"strict": verdict.ok, "quality": round(shapes.measure(picture, prompt).quality, 5), "loose": verdict.loose}
 
 
 def measure(sd: StableDiffusion, prompts: list[str], seed: int, batch: int, settings: Row, path: Path, made_with: Row,
@@ -135,44 +127,49 @@ def measure(sd: StableDiffusion, prompts: list[str], seed: int, batch: int, sett
     return study.make_rows(path, made_with, len(prompts), batch, make, *place)
 
 
-def measure_arm(sd: StableDiffusion, results: Results, arm: Arm, prompts: list[str], seed: int, batch: int,
-                settings: Row, more: Any = None, summary: Callable[[list[Row]], Row] = lambda rows: {}) -> Row:
-    """The entry of an arm in the results: its scores, 0 or 1 per picture, their mean quality, a summary of its rows.
+def measure_arms(sd: StableDiffusion, results: Results, known: Iterable[Arm], run: Iterable[Arm], prompts: list[str],
+                 seed: int, batch: int, settings: Row, more: Callable[..., list[Row]] | None = None,
+                 summary: Callable[[Arm, list[Row]], Row] = lambda arm, rows: {},
+                 facts: Callable[[Arm, Row], Row] = lambda arm, row: {}, columns: Row | None = None) -> dict[str, Row]:
+    """A study: each arm draws the same prompts from the same noise. Prints the table and returns its rows by arm.
 
-    Drawn if it isn't there; settings are those that all arms have. more: as in `measure`.
+    known: all arms of the study; those measured by earlier runs with the same settings count when p is corrected.
+    run: those to measure now, unless the results have them. settings: those that all arms have.
+    more: (arm, numbers, images, pictures in bytes) -> entries for the rows of a batch.
+    summary: what the entry of an arm takes from its rows, beside the verdicts (a 0 or 1 per picture) and mean quality.
+    facts: what the entry takes from the comparison, made anew in every run.
+    columns: of the table, after score and lead: the head, then the name of a fact and how it is formatted.
     """
-    path = results.path.with_name(f"{results.path.name} {arm.name}")
-    made = {"what": arm.text, "seed": seed, "n": len(prompts), **settings, "arm": arm.settings}
+    known, run, common = list(known), list(run), {"seed": seed, "n": len(prompts), **settings}
+    results.write("design", {"declared": study.declare(known, prompts, seed)})
+    made = {arm.name: {"what": arm.text, **common, "arm": arm.settings} for arm in known}
+    for arm in tqdm(run, desc="arms", unit="arm"):
+        path = results.path.with_name(f"{results.path.name} {arm.name}")
 
-    def make() -> Row:
-        rows = measure(sd, prompts, seed, batch, settings | arm.settings, path, results.made_with | made, more)
-        found = {name: "".join(str(int(row[name])) for row in rows) for name in ("strict", "loose")}
-        quality = bootstrap([row["quality"] for row in rows], prompts)["overall"]
-        return found | {"quality": quality} | summary(rows)
-    entry = results.entry("measure", arm.name, make, **made)
-    study.remove_parts(path)
-    return entry
-
-
-def scores(entry: Row, which: str = "strict") -> np.ndarray:
-    """(pictures,) of 0 and 1"""
-    return np.array(list(entry[which]), float)
-
-
-def compare_arms(results: Results, known: Iterable[Arm], prompts: list[str], name: str,
-                 which: str = "strict") -> dict[str, Row]:
-    """The entries of all known arms that were measured with the same settings as arm `name`, with scores and leads.
-
-    Those of earlier runs count as well, so that p is corrected over all arms even if a run measures only some.
-    """
-    kept = results.read("measure")
-    shared = lambda name: {what: of for what, of in kept[name]["made with"].items() if what not in ("what", "arm")}
-    same = [arm for arm in known if arm.name in kept and kept[arm.name]["made with"]["what"] == arm.text
-            and shared(arm.name) == shared(name)]
-    found = study.compare(same, {arm.name: scores(kept[arm.name], which) for arm in same}, prompts)
-    for arm in same:
-        results.write("measure", arm.name, kept[arm.name] | found[arm.name])
-    return {name: kept[name] | row for name, row in found.items()}
+        def make(arm: Arm = arm, path: Path = path) -> Row:
+            rows = measure(sd, prompts, seed, batch, settings | arm.settings, path,
+                           results.made_with | made[arm.name], None if more is None else partial(more, arm))
+            found: Row = {name: "".join(str(int(row[name])) for row in rows) for name in ("strict", "loose")}
+            return found | {"quality": bootstrap([row["quality"] for row in rows], prompts)["overall"],
+                            **summary(arm, rows)}
+        results.entry("measure", arm.name, make, **made[arm.name])
+        study.remove_parts(path)
+    kept = results.section("measure")
+    same = [arm for arm in known if kept.get(arm.name, {}).get("made with") == study.to_json(
+        results.made_with | made[arm.name])]
+    right = {arm.name: np.array(list(kept[arm.name]["strict"]), float) for arm in same}
+    found = {name: kept[name] | row for name, row in study.compare(same, right, prompts).items()}
+    found = {arm.name: found[arm.name] | {"group": arm.group} | facts(arm, found[arm.name]) for arm in same}
+    results.write("measure", found)
+    columns = columns or {}
+    table = [["arm", "strict score", "base", *study.LEAD, "quality", "loose", *columns]]
+    for arm in run:
+        x = found[arm.name]
+        table.append([arm.name, f"{x['score']:.3f}", arm.base, *study.lead_cells(x), f"{x['quality']['mean']:.3f}",
+                      f"{np.mean(list(map(int, x['loose']))):.3f}",
+                      *(format(x[name], form) for name, form in columns.values())])
+    print(f"n = {len(prompts)} pictures per arm; intervals are 95 %\n\n{study.markdown(table)}", flush=True)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- numbers
@@ -209,8 +206,7 @@ def drawn_features(tower: ImageEncoder, n: int, height: int, width: int, seed: i
 def summarize(sd: StableDiffusion, reward: ClipReward | None, rows: list[Row], size: tuple[int, int],
               drawn: int) -> Row:
     """All numbers of a run, from its rows. size: height and width of its pictures."""
-    result: Row = {"seconds_per_image": round(float(np.mean([row["seconds"] for row in rows])), 4),
-                   "peak_memory_gb": round(peak_memory(sd.device), 3)}
+    result: Row = {}
     if "strict" in rows[0]:
         for name, chosen in (("all", rows), ("seen", [r for r in rows if r["seen"]]),
                              ("unseen", [r for r in rows if r["seen"] is False])):
@@ -226,7 +222,8 @@ def summarize(sd: StableDiffusion, reward: ClipReward | None, rows: list[Row], s
         own = np.array([row["features"] for row in rows])
         result["frechet"] = {"distance": round(frechet_distance(own, real), 4), "n": len(rows), "drawn": drawn,
                              "floor": round(frechet_distance(again, real), 4)}
-    return result
+    return result | {"seconds_per_image": round(float(np.mean([row["seconds"] for row in rows])), 4),
+                     "peak_memory_gb": round(peak_memory(sd.device), 3)}
 
 
 def retrieval(reward: ClipReward, n: int, split: str, candidates: int = 64) -> dict[str, Estimate]:
@@ -271,10 +268,10 @@ def draw_sheet(sd: StableDiffusion, rows: list[Row], settings: Row, path: Path, 
     if rows[0]["kind"] != "file":
         groups = [[row for row in rows if row["strict"] == ok] for ok in (True, False)]
         chosen = [row for group in groups for row in group[::max(len(group) // most, 1)][:most]]
-    pictures = [picture for start in range(0, len(chosen), 24)
-                for picture in to_bytes(sample(sd, [r["prompt"] for r in chosen[start:start + 24]],
-                                               [r["seed"] for r in chosen[start:start + 24]], settings))]
-    prompts = [row["prompt"] for row in chosen]
+    prompts, pictures = [row["prompt"] for row in chosen], []
+    for start in range(0, len(chosen), 24):
+        pictures += to_bytes(sample(sd, prompts[start:start + 24], [r["seed"] for r in chosen[start:start + 24]],
+                                    settings))
     study.sheet([("", pictures[k:k + 8]) for k in range(0, len(pictures), 8)], path, captions=prompts, frames=[
         "seagreen" if judged(*pair)["strict"] else "crimson" for pair in zip(pictures, prompts)])
 
@@ -285,8 +282,8 @@ def show(table: dict[str, Estimate], title: str) -> None:
         print(f"  {kind:12s} {x:.3f}  n = {x.n}")
 
 
-def read_flags(args: argparse.Namespace) -> tuple[Row, Row, tuple[int, int]]:
-    """txt2img.py's flags as arguments of `sd.sample`, as text for the result, and the pictures' height and width."""
+def read_flags(args: argparse.Namespace) -> tuple[Row, Row]:
+    """txt2img.py's flags as arguments of `sd.sample`, with the pictures' size, and as text for the result."""
     config = read_config(args.model)
     size = args.height or config.size, args.width or config.size
     techniques = bind_techniques(args, config, *size)
@@ -294,9 +291,8 @@ def read_flags(args: argparse.Namespace) -> tuple[Row, Row, tuple[int, int]]:
             for name, of in techniques.items()}
     size = techniques["freescale"].resolutions[-1] if "freescale" in techniques else size
     settings = {name: getattr(args, name) for name in ("negative_prompt", "steps", "sampler", "cfg_scale", "eta",
-                                                       "spacing")}
-    settings |= {"height": size[0], "width": size[1]}
-    return settings | techniques, settings | text | {"vae_tile": args.vae_tile}, size
+                                                       "spacing")} | {"height": size[0], "width": size[1]}
+    return settings | techniques, settings | text | {"vae_tile": args.vae_tile}
 
 
 def main() -> None:
@@ -316,37 +312,37 @@ def main() -> None:
     if own.compare:
         return show(compare(own.compare), f"{own.compare[1]} minus {own.compare[0]}")
     args = parse_arguments(["the benchmark", *rest])
-    clip = args.model / "clip"
     if own.retrieval:
-        reward = load_reward(clip)
         for split in ("train", "unseen"):
-            show(retrieval(reward, own.retrieval, split), f"the true caption first among 64 hard ones, {split}")
+            show(retrieval(load_reward(args.model / "clip"), own.retrieval, split),
+                 f"the true caption first among 64 hard ones, {split}")
         return None
     check_flags(("--n-per-prompt", own.n_per_prompt >= 1, "1 or more"),
                 ("--drawn", own.drawn == 0 or own.drawn >= 100, "0, or 100 or more"),
                 ("--init-image", args.init_image is None, "left out: every prompt would start from one picture"),
                 ("--out", own.out.parent.is_dir(), f"in a folder, and there is no {own.out.parent}"))
+    return judge_model(own, args, args.batch_size if "--batch-size" in rest else 50)
+
+
+def judge_model(own: argparse.Namespace, args: argparse.Namespace, batch: int) -> None:
+    """Draws and judges the benchmark's pictures. own: this command's flags. args: those of txt2img.py."""
     rows = read_rows(own.bench)
-    if own.kinds:
-        wanted = own.kinds.split(",")
-        if unknown := set(wanted) - {row["kind"] for row in rows}:
-            raise InputError(f"--kinds: {own.bench} has no rows of kind {', '.join(sorted(unknown))}")
-        rows = [row for row in rows if row["kind"] in wanted]
-    rows = [row for row in rows for _ in range(own.n_per_prompt)]
-    settings, text, size = read_flags(args)
+    wanted = {row["kind"] for row in rows} if own.kinds is None else set(own.kinds.split(","))
+    if unknown := wanted - {row["kind"] for row in rows}:
+        raise InputError(f"--kinds: {own.bench} has no rows of kind {', '.join(sorted(unknown))}")
+    rows = [row for row in rows if row["kind"] in wanted for _ in range(own.n_per_prompt)]
+    prompts, (settings, text) = [row["prompt"] for row in rows], read_flags(args)
     made_with = {"model": study.digest(args.model), "dtype": str(args.dtype), "PyTorch": torch.__version__,
                  "lab": study.VERSION, "bench": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
                  "seed": args.seed, "settings": text}
-
     sd = StableDiffusion.load(args.model, args.device, args.dtype, args.low_memory, args.compile)
-    sd.tile = args.vae_tile
+    sd.tile, clip = args.vae_tile, args.model / "clip"
     if sd.config.family != "tiny":
         print(f"note: {args.model} wasn't trained on the drawn world: no verdicts, no Frechet distance, only time and "
               "memory")
     elif not clip.exists():
         print(f"note: there is no {clip}, a CLIP of the drawn world: no CLIP score and no Frechet distance")
     reward = load_reward(clip, args.device, args.dtype) if clip.exists() else None
-    prompts = [row["prompt"] for row in rows]
 
     def clip_facts(batch: list[int], images: Tensor, _: list[np.ndarray]) -> list[Row]:
         features = reward.image(images)
@@ -355,25 +351,23 @@ def main() -> None:
                 for cosine, row in zip(cosines.tolist(), features.tolist())]
     try:
         settings = {name: of.bind(sd) if hasattr(of, "bind") else of for name, of in settings.items()}
-        found = measure(sd, prompts, args.seed, args.batch_size if "--batch-size" in rest else 50, settings, own.out,
-                        made_with, None if reward is None else clip_facts, shared=True)
+        found = measure(sd, prompts, args.seed, batch, settings, own.out, made_with,
+                        None if reward is None else clip_facts, shared=True)
     except ValueError as error:                                        # techniques that don't go together
         raise InputError(str(error)) from None
     if not found:
         return print("the other processes are still at work; the last one writes the result")
     rows = [row | more for row, more in zip(rows, found)]
-    result = summarize(sd, reward, rows, size, own.drawn)
+    result = summarize(sd, reward, rows, (settings["height"], settings["width"]), own.drawn)
     for row in rows:
         row.pop("features", None)
     study.write_text(own.out, json.dumps(study.to_json(made_with | result | {"rows": rows})) + "\n")
     study.remove_parts(own.out)
-    for name, title in (("all", "strict"), ("seen", "strict, seen half"), ("unseen", "strict, unseen half"),
-                        ("quality", "quality"), ("loose", "loose")):
-        if name in result:
-            show(result[name], title)
-    for name in ("clip_score", "frechet", "seconds_per_image", "peak_memory_gb"):
-        if name in result:
-            print(f"{name}: {result[name]:.3f}" if name == "clip_score" else f"{name}: {result[name]}")
+    for name, number in result.items():
+        if isinstance(number, dict) and "overall" in number:
+            show(number, f"strict, {name}" if name in ("all", "seen", "unseen") else name)
+        else:
+            print(f"{name}: {number:.3f}" if isinstance(number, Estimate) else f"{name}: {number}")
     if own.sheet and "strict" in rows[0]:
         draw_sheet(sd, rows, settings, own.sheet)
 

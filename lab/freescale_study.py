@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from command import InputError, run_command
 from freescale import FreeScale
 from highres import DemoFusion, HiDiffusion, ScaleCrafter
 from lab import shapes, study
-from lab.evaluate import compare_arms, draw, make_scenes, measure_arm, sample
-from lab.study import Arm, Results, Row, markdown
+from lab.evaluate import draw, make_scenes, measure_arms, sample
+from lab.study import Arm, Results, Row
 from memory import measure
 
 FREESCALE = {                                                          # what differs from the settings' defaults
@@ -47,7 +46,7 @@ def arms(size: int, factor: int) -> dict[str, Arm]:
              "DemoFusion": ("windows and interleaved parts, in stages", large | {"highres": DemoFusion()})}
     table |= {name: (f"FreeScale, {changes or 'its defaults'}", {"freescale": replace(free, **changes)})
               for name, changes in FREESCALE.items()}
-    return {name: Arm(name, *what, base="FreeScale") for name, what in table.items()}
+    return {name: Arm(name, *what, base="FreeScale", primary=name == "direct") for name, what in table.items()}
 
 
 def power(picture: np.ndarray, bins: int = 16) -> np.ndarray:
@@ -89,37 +88,30 @@ def main() -> None:
     args = parser.parse_args()
     if args.kind not in shapes.KINDS:
         raise InputError(f"--kind is one of {', '.join(shapes.KINDS)}")
-    study.check(args, "lab.freescale_study", (args.steps,), n=1, batch_size=1, columns=1, seed=0)
-    sd, made_with = study.load(args)
+    sd, made_with = study.load(args, "lab.freescale_study", (args.steps,), n=1, batch_size=1, columns=1, seed=0)
     known = arms(sd.config.size, args.factor)
-    table = [known[name] for name in study.choose(known, args.arms)]
+    run = [known[name] for name in study.choose(known, args.arms)]
     settings = dict(steps=args.steps, sampler=args.sampler, cfg_scale=args.cfg_scale)
     prompts, scenes = make_scenes(args.kind, args.n, 40_000 + args.seed)
     name, side, shown = f"freescale_{args.factor}x", sd.config.size * args.factor, min(args.columns, args.n)
     results = Results(args.out / f"{name}.json", made_with | {"factor": args.factor, "kind": args.kind})
-    pictures = []
-    for arm in tqdm(table, desc="arms", unit="arm"):
-        def more(batch: list[int], _: Tensor, drawn: list[np.ndarray]) -> list[Row]:
-            return [facts(picture, prompts[k]) for k, picture in zip(batch, drawn)]
 
-        def totals(rows: list[Row], arm: Arm = arm) -> Row:
-            size = sd.config.size if arm.name == "training size" else side
-            real = log_spectrum([power(shapes.draw(scene, size, size)) for scene in scenes])
-            once = dict(settings, steps=2, sampler="ddim")             # memory is the same at every step
-            cost = measure(lambda: sample(sd, prompts[:1], 0, once | arm.settings), sd.unet, sd.vae,
-                           *sd.text_encoders)
-            return summary(rows, real) | {"seconds": float(np.mean([row["seconds"] for row in rows])),
-                                          "peak GB": cost.peak / 1e9}
-        measure_arm(sd, results, arm, prompts, args.seed, args.batch_size, settings, more, totals)
-        pictures.append((arm.name, draw(sd, prompts[:shown], args.batch_size, args.seed, settings | arm.settings)))
-    found = compare_arms(results, known.values(), prompts, table[0].name)
-    rows = [["arm", "right", "over FreeScale", *study.LEAD[1:], "too many", "too few", "spectra", "seconds", "GB"]]
-    for arm in table:
-        x = found[arm.name]
-        rows.append([arm.name, f"{x['score']:.3f}", *study.lead_cells(x), *(
-            f"{x[what]:.{digits}f}" for what, digits in (("too many", 3), ("too few", 3), ("distance of spectra", 3),
-                                                         ("seconds", 2), ("peak GB", 3)))])
-    print(f"n = {args.n}; intervals are 95 %\n\n{markdown(rows)}")
+    def more(_: Arm, batch: list[int], images: Tensor, drawn: list[np.ndarray]) -> list[Row]:
+        return [facts(picture, prompts[k]) for k, picture in zip(batch, drawn)]
+
+    def totals(arm: Arm, rows: list[Row]) -> Row:
+        size = sd.config.size if arm.name == "training size" else side
+        real = log_spectrum([power(shapes.draw(scene, size, size)) for scene in scenes])
+        once = dict(settings, steps=2, sampler="ddim")                 # memory is the same at every step
+        cost = measure(lambda: sample(sd, prompts[:1], 0, once | arm.settings), sd.unet, sd.vae, *sd.text_encoders)
+        return summary(rows, real) | {"seconds": float(np.mean([row["seconds"] for row in rows])),
+                                      "peak GB": cost.peak / 1e9}
+    columns = {"too many": ("too many", ".3f"), "too few": ("too few", ".3f"), "GB": ("peak GB", ".3f"),
+               "spectra": ("distance of spectra", ".3f"), "seconds": ("seconds", ".2f")}
+    measure_arms(sd, results, known.values(), run, prompts, args.seed, args.batch_size, settings, more, totals,
+                 columns=columns)
+    pictures = [(arm.name, draw(sd, prompts[:shown], args.batch_size, args.seed, settings | arm.settings))
+                for arm in run]
     pictures.append(("drawings", [shapes.draw(scene, side, side) for scene in scenes[:shown]]))
     study.sheet(pictures, args.out / f"{name}.png")
     print(args.out / f"{name}.png")

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from command import run_command
 from freeu import PRESETS, FreeU, ScaleLong, SkipTuning, structure_gain
 from lab import study
-from lab.evaluate import compare_arms, draw, judged, measure_arm, mixed_prompts, scores
+from lab.evaluate import draw, judged, measure_arms, mixed_prompts
 from lab.shapes import KINDS
-from lab.study import Arm, Results, Row, line, markdown, plot, pyplot, sheet
+from lab.study import Arm, Results, Row, bootstrap, line, plot, pyplot, sheet
 from stable_diffusion import StableDiffusion
 
 WHITE_NOISE = math.log(2) / 2      # its relative log amplitude, 0.3466: the mean is real, other bins are complex
@@ -391,17 +391,12 @@ def search(reward: Callable[[Factors], float], known: list[Factors], candidates:
     return sorted(tried, key=lambda pair: -pair[1])
 
 
-def search_prompts(made_with: Row) -> list[str]:
-    """The prompts of a search that was made with these settings; none where there was no search."""
-    return mixed_prompts(made_with["n"], seed=20_000 + made_with["seed"]) if made_with else []
-
-
 def tune(sd: StableDiffusion, results: Results, settings: Row, candidates: int, n: int, seed: int) -> None:
     """Searches by the exact score of n pictures per candidate, of other draws of prompts and noise than `measure`.
 
     The world has few short sentences, so both draw some prompts alike: `measure` also counts without these.
     """
-    prompts = search_prompts({"n": n, "seed": seed})
+    prompts = mixed_prompts(n, seed=20_000 + seed)
 
     def make() -> Row:
         with tqdm(total=candidates, desc="search", unit="candidate") as bar:
@@ -410,7 +405,7 @@ def tune(sd: StableDiffusion, results: Results, settings: Row, candidates: int, 
                 bar.update()
                 return float(np.mean([judged(*pair)["strict"] for pair in zip(pictures, prompts)]))
             tried = search(reward, [(1.0, 1.0, 1.0, 1.0), PRESETS[2][sd.config.family]], candidates, seed)
-        return {"best": tried[0][0], "tried": tried}
+        return {"best": tried[0][0], "tried": tried, "prompts": prompts}
     results.entry("search", "factors", make, candidates=candidates, n=n, seed=seed, **settings)
 
 
@@ -427,28 +422,25 @@ def arms(family: str, searched: Factors | None) -> list[Arm]:
         "Skip-Tuning 0.8": ("skips times 0.8 (deepest) to 1", {"skips": SkipTuning(0.8)}),
         "Skip-Tuning 0.9": ("skips times 0.9 (deepest) to 1", {"skips": SkipTuning(0.9)}),
         "ScaleLong 0.95": ("skips times 0.95 to the power of depth", {"skips": ScaleLong(0.95)})}
-    return [Arm(name, *what) for name, what in table.items()]
+    return [Arm(name, *what, primary=name == "preset v2") for name, what in table.items()]
 
 
-def measure(sd: StableDiffusion, results: Results, table: list[Arm], settings: Row, n: int, seed: int) -> None:
-    """Every arm draws the same n prompts from the same noise; prints scores and leads over base."""
+def measure(sd: StableDiffusion, results: Results, known: list[Arm], run: list[Arm], settings: Row, n: int,
+            seed: int) -> None:
+    """Every arm draws the same n prompts from the same noise; also counted without the prompts of the search."""
     prompts = mixed_prompts(n, seed=30_000 + seed)
-    known = set(search_prompts(results.read("search").get("factors", {}).get("made with", {})))
-    fresh = [k for k, prompt in enumerate(prompts) if prompt not in known]
-    right = {arm.name: scores(measure_arm(sd, results, arm, prompts, seed, 50, settings))
-             for arm in tqdm(table, desc="arms", unit="arm")}
-    found = compare_arms(results, table, prompts, "base")
-    unseen = study.compare(table, {name: of[fresh] for name, of in right.items()}, [prompts[k] for k in fresh]
-                           ) if fresh else {}
-    rows = [["arm", "score", *study.LEAD, f"over base, {len(fresh)} prompts that the search didn't have", "what it is"]]
-    for arm in table:
-        lead = unseen.get(arm.name, {}).get("over base")
-        results.write("measure", arm.name, found[arm.name] | {
-            "prompts the search didn't have": {"n": len(fresh), "over base": lead},
-            "by kind": {kind: float(right[arm.name][k::len(KINDS)].mean()) for k, kind in enumerate(KINDS)}})
-        rows.append([arm.name, f"{found[arm.name]['score']:.3f}", *study.lead_cells(found[arm.name]),
-                     "" if lead is None else f"{lead:+.3f}", arm.text])
-    print(f"n = {n}; intervals are 95 %\n\n{markdown(rows)}")
+    searched = results.section("search").get("factors", {}).get("prompts", [])
+    fresh = [k for k, prompt in enumerate(prompts) if prompt not in searched]
+    right: dict[str, np.ndarray] = {}
+
+    def facts(arm: Arm, row: Row) -> Row:
+        of = right[arm.name] = np.array(list(row["strict"]), float)
+        lead = bootstrap((of - right["base"])[fresh], [prompts[k] for k in fresh])["overall"] if fresh else ""
+        return {"fresh prompts": len(fresh), "over base, fresh": lead,
+                "by kind": {kind: float(of[k::len(KINDS)].mean()) for k, kind in enumerate(KINDS)}}
+    head = f"over base, {len(fresh)} prompts that the search didn't have"
+    measure_arms(sd, results, known, run, prompts, seed, 50, settings, facts=facts,
+                 columns={head: ("over base, fresh", "+.3f" if fresh else "")})
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -465,10 +457,9 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=25, help="factors to try in the search")
     parser.add_argument("--search-n", type=int, default=80, help="pictures per candidate")
     args = parser.parse_args()
-    family = study.check(args, "--search and --measure" if args.search or args.measure else "", (args.steps,), steps=2,
-                         images=1, batch_size=1, n=len(KINDS), candidates=3, search_n=1, seed=0)
-    tiny = family == "tiny"
-    sd, made_with = study.load(args)
+    sd, made_with = study.load(args, "--search and --measure" if args.search or args.measure else "", (args.steps,),
+                               steps=2, images=1, batch_size=1, n=len(KINDS), candidates=3, search_n=1, seed=0)
+    family, tiny = sd.config.family, sd.config.family == "tiny"
     guidance = args.cfg_scale if args.cfg_scale is not None else 4.0 if tiny else 7.5
     settings, results = dict(steps=args.steps, sampler=args.sampler, cfg_scale=guidance), Results(
         args.out / "freeu.json", made_with)
@@ -478,10 +469,10 @@ def main() -> None:
     if args.search:
         tune(sd, results, settings, args.candidates, args.search_n, args.seed)
     if args.search or args.measure:
-        table = arms(family, results.read("search").get("factors", {}).get("best"))
-        if not args.measure:
-            table = [arm for arm in table if arm.name in ("base", "preset v2", "searched")]
-        measure(sd, results, table, settings, args.n, args.seed)
+        known = arms(family, results.section("search").get("factors", {}).get("best"))
+        few = "base", "preset v2", "searched"
+        measure(sd, results, known, [arm for arm in known if args.measure or arm.name in few], settings, args.n,
+                args.seed)
 
 
 if __name__ == "__main__":

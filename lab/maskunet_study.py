@@ -6,8 +6,8 @@
 Start at `RECIPES`, what is trained, and `ARMS`, what is judged. All trainings see the same latents, captions, times
 and noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json;
 training.png shows score and density over the training. The training-free arms (`FREE`) maximise the reward of the
-model's CLIP, and the exact scorer judges them too. Weights and verdicts are kept in OUT/work under names made of the
-model and all settings, so that nothing is done twice and a stopped run goes on.
+model's CLIP, and the exact scorer judges them too. Weights and verdicts are kept in OUT/work, in folders named after
+the model and all settings, so that nothing is done twice and a stopped run resumes.
 Sources: MaskUNet, arXiv 2505.03097; LoRA, arXiv 2106.09685; noise optimisation, ReNO, arXiv 2406.04312.
 """
 import gc
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -135,7 +135,7 @@ class Use(NamedTuple):
 
 ARMS = {arm.name: arm for arm in (
     Arm("base", "the plain model", Use()),
-    *(Arm(name, recipe.text, Use(name)) for name, recipe in RECIPES.items()),
+    *(Arm(name, recipe.text, Use(name), primary=name == "working") for name, recipe in RECIPES.items()),
     Arm("working threshold", "working masks, noise-free", Use("working", "threshold")),
     Arm("working expected", "the expectation of working masks", Use("working", "expected")),
     Arm("random fresh", "random masks, new at every step", Use("working", random=True)),
@@ -185,7 +185,12 @@ class Study:
     def __post_init__(self) -> None:
         self.score = self.sd.latent_score(("clip",))
         self.image_tower = load_reward(self.sd.folder / "clip", self.sd.device).image
-        self.parts = math.ceil(self.free_pictures / 8)                 # batches of eight pictures
+        training = self.model, self.steps, self.batch, self.scenes, [recipe.lr for recipe in RECIPES.values()]
+        judging = *training, self.validation, self.pictures, self.free_pictures, self.free_steps, self.settings
+        self.weights, self.results = (self.work / f"{what}-{hashlib.sha256(repr(on).encode()).hexdigest()[:12]}"
+                                      for what, on in (("weights", training), ("results", judging)))
+        for folder in (self.weights, self.results):
+            folder.mkdir(exist_ok=True)
 
     @cached_property
     def train_world(self) -> World:
@@ -195,52 +200,39 @@ class Study:
     def validation_world(self) -> World:
         return World.make(self.sd, self.validation, 1, self.work / "val.safetensors")
 
-    def path(self, name: str, ending: str, *depends: Any) -> Path:
-        """A file in the work folder, named after what it is and all that it depends on."""
-        digest = hashlib.sha256(repr((self.model, *depends)).encode()).hexdigest()[:12]
-        return self.work / f"{name.replace(' ', '-')}-{digest}.{ending}"
+    def path(self, name: str, seed: int) -> Path:
+        return self.results / f"{name} {seed}.json"
 
-    def training(self, name: str | None) -> tuple:
-        """What the weights of a recipe depend on, beside seed and steps."""
-        return () if name is None else (self.steps, self.batch, self.scenes, RECIPES[name].lr)
-
-    def result_path(self, method: str, name: str, k: int) -> Path:
-        if method == "search":
-            return self.path(f"search {name} {k}", "json", self.free_pictures, self.free_steps, self.settings)
-        use = ARMS[name].settings
-        return self.path(f"{name} {k}", "json", use, self.training(use.recipe), self.validation, self.pictures,
-                         self.settings)
-
-    def result(self, method: str, name: str, k: int) -> Row:
-        """What `judge` or `search` gives for an arm, made if it isn't there."""
-        path = self.result_path(method, name, k)
+    def result(self, name: str, seed: int) -> Row:
+        """What `judge` gives for an arm, made if it isn't there."""
+        path = self.path(name, seed)
         if not path.exists():
-            lab_study.write_text(path, json.dumps(getattr(self, method)(name, k)) + "\n")
+            lab_study.write_text(path, json.dumps(self.judge(name, seed)) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
     def trained(self, name: str, seed: int, part: float = 1.0, factor: float = 1.0) -> nn.Module:
         """The weights of a recipe after a part of its steps. factor: on its rate."""
         recipe, module = RECIPES[name], RECIPES[name].make(self.sd.unet, seed)
-        path = lambda what, ending: self.path(f"{name} {seed} {what}", ending, self.training(name), factor)
+        path = lambda what: self.weights / f"{name} {seed} {factor:.3g} {what}"
         goals = {p: max(1, round(self.steps * p)) for p in ((*PARTS, 1.0) if name == "working" else (1.0,))}
-        wanted = path(goals[part], "safetensors")
+        wanted = path(f"{goals[part]}.safetensors")
         if not wanted.exists():
-            run = Training(module, path("checkpoint", "pt"), recipe.lr * factor, seed=seed)
+            run = Training(module, path("checkpoint.pt"), recipe.lr * factor, seed=seed)
             model = Unmasked(self.sd.unet, module) if isinstance(module, UNet | LoRA) else None
             for goal in goals.values():
-                if not path(goal, "safetensors").exists():
+                if not path(f"{goal}.safetensors").exists():
                     batches = self.train_world.batches(self.batch, seed, run.step)
                     train_denoiser(self.sd, run, batches, goal, 50, model=model)
-                    with replacing(path(goal, "safetensors")) as file:
+                    with replacing(path(f"{goal}.safetensors")) as file:
                         save_file({key: p.detach().cpu() for key, p in module.state_dict().items()}, file)
-            path("checkpoint", "pt").unlink()
+            path("checkpoint.pt").unlink()
         module.load_state_dict(load_file(wanted))
         return module.requires_grad_(False)
 
     def apply(self, use: Use, seed: int, factor: float = 1.0) -> tuple[StableDiffusion, Masks | LoRA | None, int]:
         """The model, what stands in the masks' place, and how many weights were trained, of an arm."""
         if use.random:
-            ratio = 1 - self.result("judge", "working", seed)["density"]
+            ratio = 1 - self.result("working", seed)["density"]
             return self.sd, Masks(RandomMasks(ratio), fixed=use.fixed), 0
         if use.recipe is None:
             return self.sd, None, 0
@@ -258,20 +250,19 @@ class Study:
             out += [prompt for pair in zip(*halves) for prompt in pair][:n // len(shapes.KINDS)]
         return out
 
+    @torch.no_grad()
     def judge(self, name: str, seed: int) -> Row:
         """All that is measured of an arm and training seed."""
-        sd, masks, trained = self.apply(ARMS[name].settings, seed)
+        with torch.enable_grad():
+            sd, masks, trained = self.apply(ARMS[name].settings, seed)
         times, losses, density = self.losses(sd, masks, seed)
         prompts = self.prompts(self.pictures)
         pictures = draw(sd, prompts, 30, 10_000 * (1 + seed), self.settings | {"masks": masks})
-        return {"trained": trained, "density": density, "times": times, "losses": losses,
-                "right": right_ones(pictures, prompts), "features": self.features(pictures),
-                "differ": self.differences(masks) if isinstance(masks, Masks) else None}
-
-    @torch.no_grad()
-    def features(self, pictures: list[np.ndarray]) -> list[list[float]]:
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.sd.device).float() / 255
-        return [[round(f, 5) for f in row] for row in self.image_tower(images).tolist()]
+        return {"trained": trained, "density": density, "times": times, "losses": losses,
+                "right": [judged(*pair)["strict"] for pair in zip(pictures, prompts)],
+                "features": [[round(f, 5) for f in row] for row in self.image_tower(images).tolist()],
+                "differ": self.differences(masks) if isinstance(masks, Masks) else None}
 
     @torch.no_grad()
     def losses(self, sd: StableDiffusion, masks: Masks | LoRA | None,
@@ -315,26 +306,24 @@ class Study:
             out[f"{which}, draws"] = np.mean([apart(of, [t] * n, same, each) for t in times[::2]])
         return {name: float(value) for name, value in out.items()}
 
-    def search(self, name: str, part: int) -> Row:
-        """Verdicts, rewards and seconds of a training-free arm, of the part-th eight pictures."""
-        prompts = self.prompts(self.free_pictures)[8 * part:8 * (part + 1)]
-        settings, iterations = self.settings | {"steps": self.free_steps}, iterations_of(name)
-        find, started = partial(FREE[name.split()[0]], self, settings=settings), time.perf_counter()
-        latents = find(prompts, list(range(8 * part, 8 * part + len(prompts))), iterations)
-        images, seconds = self.sd.decode(latents), (time.perf_counter() - started) / len(prompts)
-        with torch.no_grad():
-            rewards = self.score(latents, prompts).tolist()
-        meter = Meter()
-        meter.ignore(*(x for x in gc.get_objects() if issubclass(type(x), Tensor)))      # what is there already
-        with meter:                                                    # more iterations need no more memory than one
-            find(prompts[:1], [0], min(iterations, 1))
-        return {"right": right_ones(to_bytes(images), prompts), "reward": rewards, "seconds": seconds,
-                "GB": meter.peak / 1e9}
+    def search(self, name: str, rank: int, world: int) -> list[Row]:
+        """A row per picture of a training-free arm; none while other processes are at work."""
+        prompts, (kind, iterations) = self.prompts(self.free_pictures), free_settings(name)
+        find = partial(FREE[kind], self, settings=self.settings | {"steps": self.free_steps})
 
-
-def right_ones(pictures: list[np.ndarray], prompts: list[str]) -> str:
-    """A 1 or a 0 per picture."""
-    return "".join(str(int(judged(*pair)["strict"])) for pair in zip(pictures, prompts))
+        def make(numbers: list[int]) -> list[Row]:
+            started, words = time.perf_counter(), [prompts[k] for k in numbers]
+            latents = find(words, numbers, iterations)
+            pictures, seconds = to_bytes(self.sd.decode(latents)), (time.perf_counter() - started) / len(words)
+            with torch.no_grad():
+                rewards = self.score(latents, words).tolist()
+            meter = Meter()
+            meter.ignore(*(x for x in gc.get_objects() if issubclass(type(x), Tensor)))  # what is there already
+            with meter:                                                # more iterations need no more memory than one
+                find(words[:1], numbers[:1], min(iterations, 1))
+            return [{"k": k, "right": judged(picture, prompts[k])["strict"], "reward": reward, "seconds": seconds,
+                     "GB": meter.peak / 1e9} for k, picture, reward in zip(numbers, pictures, rewards)]
+        return lab_study.make_rows(self.results / f"search {name}", {}, len(prompts), 8, make, rank, world)
 
 
 def acting(masks: Masks | LoRA | None, unet: UNet, seeds: list[int]) -> Weights | None:
@@ -361,8 +350,15 @@ class Seen:
 
 # ------------------------------------------------------------------------------------------------- without any training
 
-def iterations_of(name: str) -> int:
-    return int(name.split()[1]) if " " in name else 0
+def free_settings(name: str) -> tuple[str, int]:
+    """What a training-free arm searches for, and in how many iterations: "masks 15"."""
+    kind, _, iterations = name.partition(" ")
+    return kind, int(iterations or 0)
+
+
+def free_arms(names: Iterable[str]) -> list[Arm]:
+    """"masks 0" are random masks that drop 6.6 % of the weights."""
+    return [Arm(name, f"{name} iterations", name, primary=name == f"masks {MaskSearch.iterations}") for name in names]
 
 
 def plain(study: Study, prompts: list[str], seeds: list[int], iterations: int, settings: Row) -> Tensor:
@@ -406,15 +402,10 @@ def search_noise(study: Study, prompts: list[str], seeds: list[int], iterations:
     return found
 
 
-FREE = {"base": plain, "masks": search_masks, "noise": search_noise}   # "masks 0" are random ones: 6.6 % dropped
+FREE = {"base": plain, "masks": search_masks, "noise": search_noise}
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
-
-def verdicts(results: list[Row]) -> np.ndarray:
-    """(trainings, pictures)"""
-    return np.array([list(result["right"]) for result in results], float)
-
 
 def mean(values: Any) -> Estimate:
     return bootstrap(values)["overall"]
@@ -426,7 +417,8 @@ def kinds_of(n: int) -> list[str]:
 
 def summarize(found: dict[str, list[Row]], prompts: list[str], real: np.ndarray | None) -> dict[str, Row]:
     """Each arm's numbers; those over base are paired: the same prompts and noises, the same pictures and times."""
-    right, kinds = {name: verdicts(results) for name, results in found.items()}, kinds_of(len(prompts))
+    kinds = kinds_of(len(prompts))                                     # right: (trainings, pictures)
+    right = {name: np.array([result["right"] for result in results], float) for name, results in found.items()}
     table = lab_study.compare([ARMS[name] for name in found], right, prompts, kinds)
     bucket = np.array(found["base"][0]["times"]) * BUCKETS // 1000
     plain = np.array([result["losses"] for result in found["base"]])
@@ -449,12 +441,12 @@ def summarize(found: dict[str, list[Row]], prompts: list[str], real: np.ndarray 
 
 def summarize_free(found: dict[str, list[Row]], prompts: list[str]) -> dict[str, Row]:
     """Likewise, of the arms without training."""
-    joined = {name: verdicts([{"right": "".join(part["right"] for part in parts)}])[0] for name, parts in found.items()}
-    rewards = {name: np.concatenate([part["reward"] for part in parts]) for name, parts in found.items()}
-    table = lab_study.compare([Arm(name, name, None) for name in found], joined, prompts, kinds_of(len(prompts)))
-    for name, parts in found.items():
+    right, rewards = ({name: np.array([row[of] for row in rows], float) for name, rows in found.items()}
+                      for of in ("right", "reward"))
+    table = lab_study.compare(free_arms(found), right, prompts, kinds_of(len(prompts)))
+    for name, rows in found.items():
         table[name] |= {"reward": mean(rewards[name]), "reward over base": mean(rewards[name] - rewards["base"]),
-                        "seconds": float(np.mean([part["seconds"] for part in parts])), "GB": parts[0]["GB"]}
+                        "seconds": float(np.mean([row["seconds"] for row in rows])), "GB": rows[0]["GB"]}
     return table
 
 
@@ -507,14 +499,13 @@ def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-def plan_jobs(arms: list[str], free: list[str], seeds: int, parts: int) -> list[list[tuple]]:
-    """Calls of `Study.result`, those of one training together; the longest searches first."""
+def plan_jobs(arms: list[str], seeds: int) -> list[list[tuple[str, int]]]:
+    """Arms and seeds for `Study.result`, those of one training together; random masks after what sets their density."""
     jobs: dict[Any, list[tuple]] = {}
     for seed in range(seeds):
-        for name in sorted(arms, key=lambda name: ARMS[name].settings.random):     # after what sets their density
-            jobs.setdefault((ARMS[name].settings.recipe, seed), []).append(("judge", name, seed))
-    return [*jobs.values(), *([("search", name, part)] for name in sorted(free, key=iterations_of, reverse=True)
-                              for part in range(parts))]
+        for name in sorted(arms, key=lambda name: ARMS[name].settings.random):
+            jobs.setdefault((ARMS[name].settings.recipe, seed), []).append((name, seed))
+    return list(jobs.values())
 
 
 def sweep(study: Study) -> None:
@@ -555,9 +546,8 @@ def main() -> None:
                 ("--drawn", args.drawn == 0 or args.drawn >= 100, "0, or 100 or more"))
     free = ["base", "masks 0", *(f"masks {k}" for k in args.iterations), *(f"noise {k}" for k in args.noise_iterations)]
     wanted = lab_study.choose(dict.fromkeys([*ARMS, *free]), args.arms)
-    lab_study.check(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), seeds=1, steps=1, batch=1,
-                    scenes=1, validation=5)
-    sd, made_with = lab_study.load(args, torch.float32)
+    sd, made_with = lab_study.load(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), torch.float32,
+                                   seeds=1, steps=1, batch=1, scenes=1, validation=5)
     work = args.out / "work"
     work.mkdir(exist_ok=True)
     torch.set_flush_denormal(True)
@@ -568,32 +558,29 @@ def main() -> None:
         return sweep(study)
     arms = [name for name in ARMS if name in wanted or name == "base"]
     free = [name for name in free if args.free_pictures and (name in wanted or name == "base")]
-    jobs = plan_jobs(arms, free, args.seeds, study.parts)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    mine = [call for calls in jobs[rank::world] for call in calls]
-    with tqdm(mine, desc="study", unit="result") as bar:
-        for call in bar:
-            bar.set_postfix_str(f"{call[1]}, {call[2]}")
-            study.result(*call)
-    if missing := [call for calls in jobs for call in calls if not study.result_path(*call).exists()]:
-        return print(f"{len(missing)} results are still to come from other processes; the last one writes the tables")
-    write(study, arms, free, args.seeds, args.drawn, args.out, made_with)
+    declared = [lab_study.declare([ARMS[name] for name in arms], study.prompts(study.pictures), 10_000),
+                lab_study.declare(free_arms(free), study.prompts(study.free_pictures), 0)]
+    jobs = plan_jobs(arms, args.seeds)
+    with tqdm([call for calls in jobs[rank::world] for call in calls], desc="trained arms", unit="result") as bar:
+        for name, seed in bar:
+            bar.set_postfix_str(f"{name}, {seed}")
+            study.result(name, seed)
+    found = {name: study.search(name, rank, world) for name in sorted(free, key=lambda name: -free_settings(name)[1])}
+    if not all(found.values()) or not all(study.path(*call).exists() for calls in jobs for call in calls):
+        return print("some results are still to come from other processes; the last one writes the tables")
 
-
-def write(study: Study, arms: list[str], free: list[str], seeds: int, drawn: int, out: Path, made_with: Row) -> None:
-    """maskunet.json, maskunet.md and the figure, from results that are all there."""
-    real = drawn_features(study.image_tower, drawn, study.sd.config.size, study.sd.config.size, 1) if drawn else None
-    trained = summarize({name: [study.result("judge", name, seed) for seed in range(seeds)] for name in arms},
-                        study.prompts(study.pictures), real)
-    searched = summarize_free({name: [study.result("search", name, part) for part in range(study.parts)]
-                               for name in free}, study.prompts(study.free_pictures))
-    made_with = made_with | {"seeds": seeds, "drawn": drawn} | {name: getattr(study, name) for name in (
-        "steps", *FLAGS, "settings")}
-    text = tables(trained, searched)
-    lab_study.write_text(out / "maskunet.json", json.dumps(lab_study.to_json(
-        {"made with": made_with, "trained": trained, "searched": searched}), indent=1) + "\n")
-    lab_study.write_text(out / "maskunet.md", text)
-    draw_curve(trained, study.steps, out / "training.png")
+    side, tower = sd.config.size, study.image_tower
+    trained = summarize({name: [study.result(name, seed) for seed in range(args.seeds)] for name in arms},
+                        study.prompts(study.pictures), drawn_features(tower, args.drawn, side, side, 1)
+                        if args.drawn else None)
+    searched = summarize_free({name: found[name] for name in free}, study.prompts(study.free_pictures))
+    made_with |= {"seeds": args.seeds, "drawn": args.drawn, "settings": study.settings, "steps": args.steps,
+                  **{name: getattr(args, name) for name in FLAGS}}
+    lab_study.write_text(args.out / "maskunet.json", json.dumps(lab_study.to_json(
+        {"made with": made_with, "declared": declared, "trained": trained, "searched": searched}), indent=1) + "\n")
+    lab_study.write_text(args.out / "maskunet.md", text := tables(trained, searched))
+    draw_curve(trained, study.steps, args.out / "training.png")
     print(text)
 
 

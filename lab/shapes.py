@@ -482,9 +482,14 @@ def _split(mask: np.ndarray, smallest: float) -> list[np.ndarray]:
             parts = np.zeros((len(seeds), *mask.shape), bool)
             parts[np.argmin(gaps, axis=0), ys, xs] = True
             return list(parts)
-        p = np.pad(core, 1)
-        core = core & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+        core = _erode(core)
     return [mask]
+
+
+def _erode(mask: np.ndarray, outside: bool = False) -> np.ndarray:
+    """The mask (h, w) without the pixels that have a neighbour, above, below or beside, that isn't in it."""
+    p = np.pad(mask, 1, constant_values=outside)
+    return mask & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
 
 
 def shrink(image: np.ndarray) -> np.ndarray:
@@ -614,18 +619,15 @@ def verdict(things: list[Thing] | tuple[Thing, ...], background: str, request: R
 def clutter(small: np.ndarray, regions: list[Region]) -> float:
     """What is neither background nor within two pixels of a region, as a share of the short side squared."""
     away = np.linalg.norm(small - _border_color(small), axis=-1) > 42
-    return float((away & ~_grow(regions, small.shape[:2], 2)).sum() / min(small.shape[:2]) ** 2)
+    return float((away & ~_grow(regions, small.shape[:2])).sum() / min(small.shape[:2]) ** 2)
 
 
-def _grow(regions: list[Region], size: tuple[int, int], pixels: int) -> np.ndarray:
+def _grow(regions: list[Region], size: tuple[int, int], pixels: int = 2) -> np.ndarray:
     """(h, w) bool: the pixels of all regions, and those within this distance, in steps."""
-    grown = np.zeros(size, bool)
-    for region in regions:
-        grown |= region.mask
+    rest = ~np.logical_or.reduce([np.zeros(size, bool), *(region.mask for region in regions)])
     for _ in range(pixels):
-        p = np.pad(grown, 1)
-        grown = grown | p[:-2, 1:-1] | p[2:, 1:-1] | p[1:-1, :-2] | p[1:-1, 2:]
-    return grown
+        rest = _erode(rest, outside=True)
+    return ~rest
 
 
 @dataclass(frozen=True)
@@ -655,25 +657,19 @@ def measure(image: np.ndarray, request: Request | str) -> Quality:
                 if used[i] < ask.count and ask.color in (None, region.color):
                     one_more = (*used[:i], used[i] + 1, *used[i + 1:])
                     best[one_more] = max(best.get(one_more, 0.0), total + region.overlaps[ask.shape])
-    rest = small[~_grow(regions, small.shape[:2], 2)]
+    rest = small[~_grow(regions, small.shape[:2])]
     mean = lambda numbers: float(np.mean(numbers)) if numbers else 0.0
+    core = lambda mask: inner if (inner := _erode(mask)).any() else mask
     return Quality(quality=max(best.values()) / max(sum(ask.count for ask in request.asks), len(regions)),
                    overlap=mean([region.overlap for region in regions]),
                    sharpness=mean([_sharpness(small, region) for region in regions]),
-                   color=mean([_nearness(small[_core(region.mask)], COLORS[region.color]) for region in regions]),
+                   color=mean([_nearness(small[core(region.mask)], COLORS[region.color]) for region in regions]),
                    background=_nearness(rest, BACKGROUNDS[read_background(image)]) if len(rest) else 0.0)
 
 
 def _nearness(pixels: np.ndarray, color: tuple[int, int, int]) -> float:
     """1 for pixels (N, 3) of just this colour, 0 where they are 128 or more away on average."""
     return max(0.0, 1 - float(np.linalg.norm(pixels - np.array(color, np.float32), axis=-1).mean()) / 128)
-
-
-def _core(mask: np.ndarray) -> np.ndarray:
-    """The mask without its outermost pixels, or the mask where nothing else is left."""
-    p = np.pad(mask, 1)
-    core = mask & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
-    return core if core.any() else mask
 
 
 def _sharpness(small: np.ndarray, region: Region) -> float:
@@ -686,7 +682,7 @@ def _sharpness(small: np.ndarray, region: Region) -> float:
     h, w = small.shape[:2]
     background = _border_color(small)
     ray = np.array(COLORS[region.color], np.float32) - background
-    near = _grow([region], (h, w), 2)
+    near = _grow([region], (h, w))
     outline = distance(region.shape, (np.arange(w) - region.x)[None] / region.r,
                        (np.arange(h) - region.y)[:, None] / region.r)
     steepness = []
@@ -801,7 +797,9 @@ def calibrate(model: str, n: int) -> None:
     """
     import torch  # only here, so that the judge needs numpy alone
 
-    from lab.evaluate import evaluate, make_scenes, to_bytes
+    from lab.evaluate import draw as draw_pictures
+    from lab.evaluate import make_scenes, to_bytes
+    from lab.study import markdown
     from stable_diffusion import StableDiffusion
     sd, rng = StableDiffusion.load(model), np.random.default_rng(0)
     names, found = ("strict", "loose", *(field.name for field in fields(Quality))), {}
@@ -812,22 +810,19 @@ def calibrate(model: str, n: int) -> None:
             images = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
             again = [picture for part in images.split(50) for picture in to_bytes(sd.decode(sd.encode(part)))]
             asked, _ = make_scenes(kind, n, seed=2000 + k)
-            _, made = evaluate(sd, asked, batch=50, seed=2_000_000 + 1000 * k, steps=20, cfg_scale=3.0)
+            made = draw_pictures(sd, asked, 50, 2_000_000 + 1000 * k, dict(steps=20, cfg_scale=3.0))
         for source, pictures, texts in (("drawn", drawn, prompts), ("reconstructed", again, prompts),
                                         ("generated", made, asked)):
             for picture, text in zip(pictures, texts):
                 judged = judge(picture, text)
                 found.setdefault(source, []).append((judged.ok, judged.loose, *astuple(measure(picture, text))))
-    print(f"{'':14s}" + "".join(f"{name:>12s}" for name in names))
-    line = lambda title, numbers, form: print(f"{title:14s}" + "".join(f"{x:{form}}" for x in numbers))
-    for source, rows in found.items():
-        line(source, np.mean(rows, axis=0), "12.3f")
-        line("  least", np.min(rows, axis=0), "12.3f")
     within = np.sqrt(np.mean(np.var(np.array(found["generated"], float).reshape(len(KINDS), n, -1), axis=1), axis=0))
-    print("of generated pictures:")
-    line("deviation", within, "12.3f")
-    line("mean +-0.01", np.ceil((1.96 * within / 0.01) ** 2), "12.0f")
-    line("arms of", np.ceil(2 * ((1.96 + 0.84) * within / 0.01) ** 2), "12.0f")
+    rows = [(source, np.mean(rows, axis=0), ".3f") for source, rows in found.items()] + [
+        ("deviation of generated pictures within a kind", within, ".3f"),
+        ("pictures for a mean within 0.01 (95 %)", np.ceil((1.96 * within / 0.01) ** 2), ".0f"),
+        ("pictures per arm to see a difference of 0.01 (power 0.8)",
+         np.ceil(2 * ((1.96 + 0.84) * within / 0.01) ** 2), ".0f")]
+    print(markdown([["", *names], *([title, *(f"{x:{form}}" for x in numbers)] for title, numbers, form in rows)]))
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""What all studies share: arms, results that know what made them, intervals, tables, sheets of pictures, curves, flags.
+"""What all studies share: rules, arms, results that know what made them, intervals, tables, sheets, curves, flags.
 
-A study lists its arms, draws the same prompts from the same noise with each, keeps what it finds in `Results`, and
-lets `compare` say what the differences show. Start there. No technique is named here, and no picture is made.
+The rules: the strict score decides. Its primary comparison, the arms, prompts, seeds and the margin are declared before
+the first picture (`declare`). Differences are paired, and prompts are drawn with all their pictures (`bootstrap`).
+p-values are corrected over all arms (`holm`), and "the same" means within the margin (`says`). Start at `compare`. No
+technique is named here, and no picture is made: `measure_arms` of `lab/evaluate.py` runs a study.
 """
 import argparse
 import glob
@@ -26,7 +28,7 @@ from sampler import SAMPLERS, plan
 from stable_diffusion import StableDiffusion
 
 MARGIN = 0.02                      # scores are "the same" if the whole interval of their difference is within this
-VERSION = 2                        # of the lab's code: raised when a change of the code changes results
+VERSION = 3                        # of the lab's code: raised when a change of the code changes results
 Row = dict[str, Any]
 
 
@@ -36,13 +38,28 @@ Row = dict[str, Any]
 class Arm:
     """One of the things that a study compares. text: a sentence that says what it is. base: what it is compared with.
 
-    settings: arguments of `StableDiffusion.sample`, on top of those that all arms have; or what its study reads there.
+    settings: arguments of `StableDiffusion.sample`, beside those that all arms have; or what its study reads there.
+    primary: the comparison with its base is one of those that the study was made for; other arms are exploratory.
+    group: its line in a figure.
     """
     name: str
     text: str
     settings: Any
     base: str = "base"
-    group: str = ""                # its line in a figure
+    group: str = ""
+    primary: bool = False
+
+
+def declare(arms: Iterable[Arm], prompts: Sequence[str], seed: int) -> Row:
+    """What is fixed before the first picture; it is printed, and belongs into the results."""
+    primary = [f"{arm.name} over {arm.base}" for arm in arms if arm.primary]
+    print(f"declared before the run: strict score, {', '.join(primary) or 'no primary comparison'}; all others are "
+          "exploratory; "
+          f"{len(prompts)} pictures per arm, the same prompts and seeds; p corrected over all arms (Holm); the same: "
+          f"95 % interval within {MARGIN:g}", flush=True)
+    return {"primary": primary, "score": "strict", "margin": MARGIN, "correction": "Holm, over all arms",
+            "arms": {arm.name: arm.text for arm in arms}, "seeds": [seed, seed + len(prompts) - 1],
+            "prompts": list(prompts)}
 
 
 def to_json(value: Any) -> Any:
@@ -56,61 +73,63 @@ class Results:
     path: Path
     made_with: Row
 
-    def read(self, section: str) -> dict[str, Row]:
-        return self.read_all().get(section, {})
-
-    def read_all(self) -> dict[str, dict[str, Row]]:
+    def read(self) -> dict[str, dict[str, Row]]:
         try:
             return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"can't read the results in {self.path} ({error}); move it, or choose another --out"
                              ) from None
 
-    def write(self, section: str, name: str, entry: Row) -> None:
-        """Puts an entry into the file, which is read just before: two commands may share it."""
-        data = self.read_all()
-        data[section] = {**data.get(section, {}), name: to_json(entry)}
+    def section(self, name: str) -> dict[str, Row]:
+        return self.read().get(name, {})
+
+    def write(self, section: str, entries: dict[str, Row]) -> None:
+        """Adds entries to the file, which is read just before: two commands may share it."""
+        data = self.read()
+        data[section] = {**data.get(section, {}), **to_json(entries)}
         write_text(self.path, json.dumps(data, indent=1) + "\n")
 
     def entry(self, section: str, name: str, make: Callable[[], Row], again: bool = False, **made_with: Any) -> Row:
         """The entry as the file has it. `make` makes it if it is absent, was made with anything else, or `again`."""
         wanted = to_json({**self.made_with, **made_with})
-        if again or self.read(section).get(name, {}).get("made with") != wanted:
-            self.write(section, name, {"made with": wanted, **make()})
-        return self.read(section)[name]
+        if again or self.section(section).get(name, {}).get("made with") != wanted:
+            self.write(section, {name: {"made with": wanted, **make()}})
+        return self.section(section)[name]
 
 
 def make_rows(path: Path, made_with: Row, n: int, batch: int, make: Callable[[list[int]], list[Row]], rank: int = 0,
               world: int = 1) -> list[Row]:
     """Rows 0 to n - 1 in order, each made once: `make` gets the numbers of a batch, and a row has its own as "k".
 
-    Each of `world` processes makes its share, and keeps its rows in a file beside `path` until `remove_parts`: a
-    stopped run goes on from there. Rows made with anything else are refused. A process that ends before the others gets
-    no rows; the last one gets all.
+    Each of `world` processes makes its share. Every batch is kept in a file beside `path` until `remove_parts`, so that
+    a stopped run resumes; rows made with other settings are refused. A process that ends before the others gets no
+    rows; the last one gets all.
     """
-    mine, made_with = path.with_name(f".{path.name} part {rank} of {world}.json"), to_json(made_with)
+    made_with = to_json(made_with)
 
-    def read() -> dict[Path, list[Row]]:
-        found = {file: json.loads(file.read_text()) for file in parts(path)}
-        for file, part in found.items():
+    def read() -> dict[int, Row]:
+        rows = []
+        for file in parts(path):
+            part = json.loads(file.read_text())
             if part["made with"] != made_with:
                 raise InputError(f"{file} is from a stopped run with another model or other settings; delete it, or "
                                  "choose another --out")
-        return {file: part["rows"] for file, part in found.items()}
-    found = read()
-    rows, done = found.get(mine, []), {row["k"] for part in found.values() for row in part}
+            rows += part["rows"]
+        return {row["k"]: row for row in rows}
+    done = read()
     todo = [k for k in range(rank, n, world) if k not in done]
     with tqdm(total=len(todo), unit="picture", disable=rank > 0, leave=False) as bar:
         for start in range(0, len(todo), batch):
-            rows += make(todo[start:start + batch])
-            write_text(mine, json.dumps({"made with": made_with, "rows": rows}))
-            bar.update(len(todo[start:start + batch]))
-    done = {row["k"]: row for part in read().values() for row in part}
+            numbers = todo[start:start + batch]
+            write_text(path.with_name(f".{path.name} part {numbers[0]}.json"),
+                       json.dumps({"made with": made_with, "rows": make(numbers)}))
+            bar.update(len(numbers))
+    done = read()
     return [done[k] for k in range(n)] if len(done) == n else []
 
 
 def parts(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f".{glob.escape(path.name)} part * of *.json"))
+    return list(path.parent.glob(f".{glob.escape(path.name)} part *.json"))
 
 
 def remove_parts(path: Path) -> None:
@@ -222,8 +241,8 @@ def compare(arms: Iterable[Arm], scores: dict[str, np.ndarray], prompts: Sequenc
     found = {}
     for arm in arms:
         own, base = scores[arm.name], scores.get(arm.base)
-        found[arm.name] = {"base": arm.base, "score": wilson(float(own.mean()), own.size) if own.ndim == 1 else
-                           bootstrap(own, prompts, kinds)["overall"]}
+        found[arm.name] = {"base": arm.base, "primary": arm.primary, "score": wilson(float(own.mean()), own.size)
+                           if own.ndim == 1 else bootstrap(own, prompts, kinds)["overall"]}
         if base is not None and arm.base != arm.name:
             found[arm.name]["over base"] = bootstrap(own - base, prompts, kinds)["overall"]
     for name, p in holm({name: x["over base"].p for name, x in found.items() if "over base" in x}).items():
@@ -235,7 +254,9 @@ LEAD = ["over base", "p, Holm", f"same: within {MARGIN:g}"]             # the he
 
 
 def lead_cells(row: Row) -> list[str]:
-    return [f"{row['over base']:+.3f}", f"{row['p, Holm']:.3f}", row["says"]] if "over base" in row else [""] * 3
+    if "over base" not in row:
+        return [""] * 3
+    return [f"{row['over base']:+.3f}", f"{row['p, Holm']:.3f}", row["says"] + " (primary)" * row["primary"]]
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -303,9 +324,10 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def line(x: Any, y: Any, label: str | None = None, fmt: str = "-", color: Any = None, error: Any = None) -> Row:
+def line(x: Any, y: Any, label: str | None = None, fmt: str = "-", color: Any = None, error: Any = None,
+         width: float = 1.3) -> Row:
     """fmt: matplotlib's line style and marker. error: (2, n), how far the interval reaches below and above y."""
-    return dict(x=np.asarray(x), y=np.asarray(y), label=label, fmt=fmt, color=color, yerr=error)
+    return dict(x=np.asarray(x), y=np.asarray(y), label=label, fmt=fmt, color=color, yerr=error, linewidth=width)
 
 
 def plot(panels: list[list[tuple[Row, list[Row]]]], title: str, path: Path, size: float = 3.4,
@@ -319,7 +341,7 @@ def plot(panels: list[list[tuple[Row, list[Row]]]], title: str, path: Path, size
                                      squeeze=False, sharey="row" if share else False, layout="constrained")
     for axis, (look, lines) in zip(axes.flat, (panel for row in panels for panel in row)):
         for of in lines:
-            axis.errorbar(**of, linewidth=1.3, markersize=3, capsize=2)
+            axis.errorbar(**of, markersize=3, capsize=2)
         axis.set(**look)
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.25)
@@ -355,27 +377,6 @@ def flags(description: str, names: str, **defaults: Any) -> argparse.ArgumentPar
     return parser
 
 
-def check(args: argparse.Namespace, judged: str, runs: Iterable[int], **least: int) -> str:
-    """Refuses bad flags before the model is read; returns its family.
-
-    judged: the flags that need the drawn world's model, "" if none does. runs: numbers of steps that the sampler must
-    be able to take. least: the smallest legal value by flag.
-    """
-    check_flags(*((f"--{name.replace('_', '-')}", getattr(args, name) >= smallest, f"{smallest} or more")
-                  for name, smallest in least.items()))
-    check_device(args.device)
-    try:
-        for steps in runs:
-            plan(args.sampler, steps)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    family = read_config(args.model).family
-    if judged and family != "tiny":
-        raise InputError(f"{judged}: only pictures of the drawn world can be judged, and {args.model} ({family}) "
-                         "wasn't trained on it")
-    return family
-
-
 def choose(known: Iterable[str], wanted: str | None) -> list[str]:
     """The names that --arms gives, in the study's order."""
     known = list(known)
@@ -385,10 +386,26 @@ def choose(known: Iterable[str], wanted: str | None) -> list[str]:
     return [name for name in known if name in names]
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype | None = None) -> tuple[StableDiffusion, Row]:
-    """The model (None: float32 on a CPU, else float16) and what its results depend on. Makes the folder --out."""
+def load(args: argparse.Namespace, judged: str, runs: Iterable[int], dtype: torch.dtype | None = None,
+         **least: int) -> tuple[StableDiffusion, Row]:
+    """The model (dtype None: float32 on a CPU, else float16) and what its results depend on. Makes the folder --out.
+
+    Bad flags are refused before the model is read. judged: the flags that need the drawn world's model, "" if none
+    does. runs: numbers of steps that the sampler must be able to take. least: the smallest legal value by flag.
+    """
+    check_flags(*((f"--{name.replace('_', '-')}", getattr(args, name) >= smallest, f"{smallest} or more")
+                  for name, smallest in least.items()))
+    check_device(args.device)
+    family = read_config(args.model).family
+    if judged and family != "tiny":
+        raise InputError(f"{judged}: only pictures of the drawn world can be judged, and {args.model} ({family}) "
+                         "wasn't trained on it")
     try:
+        for steps in runs:
+            plan(args.sampler, steps)
         args.out.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     except OSError as error:
         raise InputError(f"can't write to {args.out} ({error.strerror}); choose another --out") from None
     dtype = dtype or (torch.float32 if args.device == "cpu" else torch.float16)

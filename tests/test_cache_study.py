@@ -23,27 +23,29 @@ def test_watching_changes_nothing_and_sees_every_unit_at_every_step():
     assert watch.moved[1, 0] == pytest.approx(change, rel=1e-4)
 
 
-def test_every_arm_fits_into_runs_from_20_steps_on_and_every_base_is_one():
-    for steps in (20, 50):
-        table = arms(steps)
-        for arm in table.values():
-            assert arm.base in table
-            for name in {"cache", "tgate"} & arm.settings.keys():
-                arm.settings[name].check(CONFIGS["tiny"], steps)
+@pytest.mark.parametrize("steps", [20, 50])
+def test_every_arm_fits_into_runs_from_20_steps_on_and_every_base_is_one(steps):
+    table = arms(steps)
+    for arm in table.values():
+        assert arm.base in table
+        for name in {"cache", "tgate"} & arm.settings.keys():
+            arm.settings[name].check(CONFIGS["tiny"], steps)
     assert list(table)[0] == "base" and table["base"].settings == {}
+    assert [arm.name for arm in table.values() if arm.primary] == ["DeepCache b1 N5", "Faster paper"]
 
 
-def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_path, monkeypatch, command):
+def test_one_small_run_leaves_its_files_and_the_next_draws_nothing_again(tmp_path, monkeypatch, command, world):
     pytest.importorskip("matplotlib", reason="the plots need matplotlib (requirements-dev.txt)")
-
-    flags = ("--out", tmp_path, "--steps", 20, "--n", 2, "--images", 1, "--rounds", 1, "--only", "b1 N10", "--curves",
-             "--measure")
-    assert command(main, *flags)[0] == 0
+    flags = ("--model", world, "--out", tmp_path, "--steps", 20, "--n", 2, "--images", 1, "--rounds", 1, "--only",
+             "b1 N10", "--curves", "--measure")
+    code, out, _ = command(main, *flags)
+    assert code == 0 and "declared before the run: strict score, DeepCache b1 N5 over base" in out
     assert {path.name for path in tmp_path.iterdir()} == {"cache.json", "curves.png", "quality.png", "pictures.png"}
     numbers = json.loads((tmp_path / "cache.json").read_text())
     assert set(numbers["measure"]) == {"base", "FreeU", "DeepCache b1 N10"}
     arm = numbers["measure"]["DeepCache b1 N10"]
-    assert 3 < arm["arithmetic"] < 4 and arm["PSNR"] < numbers["measure"]["base"]["PSNR"] and len(arm["strict"]) == 2
+    assert arm["arithmetic"] > 1.3 and arm["PSNR"] < numbers["measure"]["base"]["PSNR"] and len(arm["strict"]) == 2
+    assert len(arm["speed-up, 2 at a time"]) == 3
     assert len(numbers["figures"]["curves"]["encoder, mid"]["moved"]) == 19
     monkeypatch.setattr(evaluate, "measure", None)
     monkeypatch.setattr(cache_study, "curves", None)

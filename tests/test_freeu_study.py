@@ -10,7 +10,6 @@ from conftest import make, randn, seeded
 from folder import TINY
 from freeu import FreeU, damp_low_frequencies
 from lab import freeu_study
-from lab.evaluate import mixed_prompts
 from lab.freeu_study import ChannelChoice, Plain, Recorder, Runs, arms, main, relative_log_amplitude
 from lab.study import Results
 from sampler import Condition, generate, plan
@@ -82,13 +81,13 @@ def test_the_recorder_changes_nothing_and_sees_every_layer(inner, one_step):
     assert changed == ([False] * 12 if inner is None else [True] * 10 + [False] * 2)
 
 
-def test_recording_a_whole_run_keeps_each_step_and_the_same_latents():
-    sd, prompts = StableDiffusion.load(TINY), ["a red circle", "a blue star"]
+def test_recording_a_whole_run_keeps_each_step_and_the_same_latents(narrow):
+    sd, prompts = StableDiffusion.load(narrow), ["a red circle", "a blue circle"]
     recorder = Recorder(FreeU(1.5, 1.6, 0.9, 0.2, skip=(0.5, 1.0)), images=2)
     settings = {"steps": 2, "cfg_scale": 4.0}
     assert torch.equal(sd.sample(prompts, freeu=recorder, **settings),
                        sd.sample(prompts, freeu=recorder.inner, **settings))
-    assert [len(met) for met in recorder.calls] == [12, 12]
+    assert [len(met) for met in recorder.calls] == [4, 4]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -128,21 +127,18 @@ def test_the_search_tries_what_is_known_and_stays_within_its_ranges():
     assert (np.array(tried) >= freeu_study.LOW).all() and (np.array(tried) <= freeu_study.HIGH).all()
 
 
-def test_prompts_cover_all_kinds_and_differ_between_search_and_measure():
-    assert len(mixed_prompts(50, 20_000)) == 50 and mixed_prompts(50, 20_000) != mixed_prompts(50, 30_000)
-
-
-def test_only_a_search_adds_its_arm():
+def test_only_a_search_adds_its_arm_and_the_preset_is_the_primary_one():
     found = {arm.name: arm for arm in arms("tiny", (1.1, 1.2, 0.9, 0.8))}
     assert found["searched"].settings["freeu"].s2 == 0.8
     assert [arm.name for arm in arms("tiny", None)] == [name for name in found if name != "searched"]
+    assert [arm.name for arm in found.values() if arm.primary] == ["preset v2"]
 
 
 # ----------------------------------------------------------------------------------------------------- the command
 
-def test_a_small_run_writes_every_figure_and_measures_what_isnt_there_yet(tmp_path):
+def test_a_small_run_writes_every_figure_and_measures_what_isnt_there_yet(tmp_path, world):
     pytest.importorskip("matplotlib", reason="the plots need matplotlib (requirements-dev.txt)")
-    sd, settings = StableDiffusion.load(TINY), {"steps": 2, "cfg_scale": 1.0}
+    sd, settings = StableDiffusion.load(world), {"steps": 2, "cfg_scale": 1.0}
     runs = Runs(sd, ["a red circle"], settings, preset=FreeU(1.3, 1.4, 0.9, 0.2))
     path = tmp_path / "freeu.json"
     results = Results(path, {"model": "x"})
@@ -154,21 +150,23 @@ def test_a_small_run_writes_every_figure_and_measures_what_isnt_there_yet(tmp_pa
     figures = json.loads(path.read_text())["figures"]
     assert set(figures) == set(freeu_study.FIGURES)
     assert figures["spectra_over_steps"]["its plateau"] == pytest.approx(freeu_study.WHITE_NOISE, abs=0.05)
-    assert len(figures["spectra_of_layers"]["layers"]) == 12
+    assert len(figures["spectra_of_layers"]["layers"]) == 4
 
     times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     freeu_study.make_figures(runs, tmp_path, results)                 # all there: nothing is made
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == times
 
-    table = [arm for arm in arms("tiny", None) if arm.name in ("base", "preset v2")]
-    freeu_study.measure(sd, results, table, settings, n=6, seed=0)
-    first = json.loads(path.read_text())
-    assert first["figures"] == figures and len(first["measure"]["preset v2"]["strict"]) == 6
-    freeu_study.measure(None, results, table, settings, n=6, seed=0)  # kept: needs no model
-    assert json.loads(path.read_text()) == first
+    known, few = arms("tiny", None), ("base", "preset v2")
     freeu_study.tune(sd, results, settings, candidates=3, n=2, seed=0)
     found = json.loads(path.read_text())["search"]["factors"]
-    assert len(found["tried"]) == 3 and found["best"] == found["tried"][0][0]
+    assert len(found["tried"]) == 3 and found["best"] == found["tried"][0][0] and len(found["prompts"]) == 2
+    run = [arm for arm in known if arm.name in few]
+    freeu_study.measure(sd, results, known, run, settings, n=6, seed=0)
+    first = json.loads(path.read_text())
+    assert first["figures"] == figures and len(first["measure"]["preset v2"]["strict"]) == 6
+    assert first["design"]["declared"]["primary"] == ["preset v2 over base"]
+    freeu_study.measure(None, results, known, run, settings, n=6, seed=0)                  # kept: needs no model
+    assert json.loads(path.read_text()) == first
 
 
 def test_a_model_without_a_judge_is_an_error_of_one_line(tmp_path, command):

@@ -8,14 +8,17 @@ from PIL import Image
 
 from folder import InputError
 from lab.study import (
+    MARGIN,
     Arm,
     Estimate,
     Results,
     bootstrap,
     choose,
     compare,
+    declare,
     digest,
     holm,
+    lead_cells,
     line,
     make_rows,
     markdown,
@@ -82,11 +85,22 @@ def test_only_a_whole_interval_within_the_margin_is_the_same():
 
 def test_arms_are_compared_with_their_own_bases_and_p_is_corrected_over_all():
     scores = {"base": np.zeros(200), "a": np.ones(200), "b": np.ones(200)}
-    arms = [Arm("base", "", {}), Arm("a", "", {}), Arm("b", "", {}, base="a"), Arm("c", "", {}, base="absent")]
+    arms = [Arm("base", "", {}), Arm("a", "", {}, primary=True), Arm("b", "", {}, base="a"),
+            Arm("c", "", {}, base="absent")]
     found = compare(arms, scores | {"c": np.zeros(200)})
     assert found["a"]["over base"].mean == 1 and found["a"]["says"] == "higher" and found["b"]["says"] == "the same"
     assert found["a"]["p, Holm"] == 2 * found["a"]["over base"].p
+    assert [lead_cells(found[name])[2] for name in ("a", "b")] == ["higher (primary)", "the same"]
     assert "over base" not in found["base"] and "over base" not in found["c"]
+
+
+def test_what_decides_is_declared_before_the_run(capsys):
+    arms = [Arm("base", "the plain model", {}), Arm("a", "a change", {}, primary=True), Arm("b", "another", {})]
+    row = declare(arms, ["a circle", "a star"], 5)
+    assert row["primary"] == ["a over base"] and row["margin"] == MARGIN and row["arms"]["b"] == "another"
+    assert row["seeds"] == [5, 6] and row["prompts"] == ["a circle", "a star"]
+    told = capsys.readouterr().out
+    assert all(words in told for words in ("strict score, a over base", "exploratory", "Holm", f"{MARGIN:g}"))
 
 
 def test_an_estimate_formats_all_three_numbers_alike():
@@ -109,13 +123,13 @@ def test_an_entry_is_made_once_and_again_when_what_made_it_differs(tmp_path):
 
 def test_two_results_share_a_file_and_a_damaged_one_is_not_overwritten(tmp_path):
     path = tmp_path / "r.json"
-    Results(path, {}).write("a", "x", {"mean": Estimate(1, 0, 2, 3)})
-    Results(path, {}).write("b", "y", {})
+    Results(path, {}).write("a", {"x": {"mean": Estimate(1, 0, 2, 3)}})
+    Results(path, {}).write("b", {"y": {}})
     assert json.loads(path.read_text()) == {"a": {"x": {"mean": {"mean": 1, "low": 0, "high": 2, "n": 3, "p": None}}},
                                             "b": {"y": {}}}
     path.write_text("{")
     with pytest.raises(InputError, match="can't read the results"):
-        Results(path, {}).write("a", "x", {})
+        Results(path, {}).write("a", {"x": {}})
     assert path.read_text() == "{"
 
 

@@ -3,23 +3,23 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TWO_LEVELS
 from PIL import Image
 
 from folder import TINY
-from lab import shapes
-from lab.evaluate import evaluate, read_rows, to_bytes
+from lab import shapes, train_tiny
+from lab.evaluate import draw, judged, read_rows, to_bytes
 from lab.train_tiny import Muon, draw_curve, orthogonal, train_unet
 from reward import load_reward
 from stable_diffusion import StableDiffusion
 from train import Training
 
-ROOT = Path(__file__).resolve().parent.parent
-MEASURED = 0.68                # by that test, strictly, with the committed weights
+MEASURED = 0.667               # by that test, strictly, with the committed weights
 
 
 def test_the_whole_model_folder_is_at_most_20_megabytes():
@@ -35,22 +35,20 @@ def test_a_picture_needs_no_compiler():
 
 
 def test_the_score_on_60_fixed_prompts_has_not_fallen():
-    rows = [row for kind in shapes.KINDS for row in
-            [row for row in shapes.make_bench(seed=2) if row["kind"] == kind and row["seen"]][:10]]
-    sd = StableDiffusion.load(TINY)
-    verdicts, _ = evaluate(sd, [row["prompt"] for row in rows], batch=30, steps=20, cfg_scale=3.0)
-    assert np.mean([v.ok for v in verdicts]) >= MEASURED - 0.05
+    prompts = [row["prompt"] for kind in shapes.KINDS for row in
+               [row for row in shapes.make_bench(seed=2) if row["kind"] == kind and row["seen"]][:10]]
+    pictures = draw(StableDiffusion.load(TINY), prompts, 30, 0, dict(steps=10, cfg_scale=3.0))
+    assert np.mean([judged(*pair)["strict"] for pair in zip(pictures, prompts)]) >= MEASURED - 0.05
 
 
 def test_the_readmes_picture_is_what_the_model_draws():
-    prompts = [row["prompt"] for row in read_rows(ROOT / "lab" / "prompts.txt")]
+    prompts = [row["prompt"] for row in read_rows(ROOT / "lab" / "prompts.txt")][:8]       # one of its two rows
     sd = StableDiffusion.load(TINY)
-    pictures = to_bytes(sd.decode(sd.sample(prompts)))
+    pictures = to_bytes(sd.decode(sd.sample(prompts, cfg_scale=7.5)))
     with Image.open(TINY / "pictures.png") as sheet:
         committed = np.asarray(sheet.convert("RGB")).astype(int)
     for i, picture in enumerate(pictures):                             # as `contact_sheet` places them, doubled
-        x, y = i % 8 * 136 + 4, i // 8 * 168 + 4
-        there = committed[y:y + 128:2, x:x + 128:2]
+        there = committed[4:132:2, i * 136 + 4:i * 136 + 132:2]
         assert np.abs(there - picture).mean() < 1, prompts[i]          # other processors round otherwise
 
 
@@ -75,24 +73,25 @@ def test_the_autoencoder_keeps_what_the_scorer_reads():
     assert 0.8 < latents.std() < 1.2                                           # what the U-Net was trained on
 
 
-def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp_path):
-    def run(*flags: str) -> dict:
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                        "-m", "lab.train_tiny", "--out", tmp_path / "model", "--work", tmp_path / "work",
-                        "--device", "cpu", "--vae-steps", "2", "--clip-steps", "2", "--clip-neat-steps", "2",
-                        "--clip-side-steps", "2", "--steps", "2", "--batch", "4", "--scenes", "16",
-                        "--score-n", "1", "--score-every", "2", *flags],
-                       check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return json.loads((tmp_path / "model" / "training.json").read_text())
-    facts = run()
-    assert (facts["steps"], facts["fell"], facts["samples"]) == (3, 2, 3 * 4 * 2)      # half as many at a falling rate
-    assert [samples for samples, *_ in facts["scores"]] == [2 * 4 * 2] and facts["minutes"].keys() >= {"vae", "clip"}
-    assert 0 <= facts["scores"][0][2]["quality"] <= 1
+def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp_path, command):
+    flags = ["--out", tmp_path / "model", "--work", tmp_path / "work", "--device", "cpu", "--vae-steps", 2,
+             "--clip-steps", 2, "--clip-neat-steps", 2, "--clip-side-steps", 2, "--steps", 2, "--batch", 4,
+             "--scenes", 16, "--score-n", 1, "--score-every", 2]
+    facts = lambda: json.loads((tmp_path / "model" / "training.json").read_text())
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+                    "lab.train_tiny", *map(str, flags)], check=True, capture_output=True, cwd=ROOT,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first = facts()
+    assert (first["steps"], first["fell"], first["samples"]) == (3, 2, 3 * 4 * 2)      # half as many at a falling rate
+    assert [samples for samples, *_ in first["scores"]] == [2 * 4 * 2] and first["minutes"].keys() >= {"vae", "clip"}
+    assert 0 <= first["scores"][0][2]["quality"] <= 1
     assert load_reward(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
     assert StableDiffusion.load(tmp_path / "model").sample("a red circle", steps=1).shape == (1, 4, 16, 16)
     vae = (tmp_path / "model" / "vae.safetensors").read_bytes()
-    facts = run("--parts", tmp_path / "model", "--work", tmp_path / "other")           # autoencoder and CLIP stay
-    assert facts["minutes"].keys() == {"unet"} and (tmp_path / "model" / "vae.safetensors").read_bytes() == vae
+    code, _, err = command(train_tiny.main, *flags, "--parts", tmp_path / "model", "--work", tmp_path / "other")
+    torch.set_flush_denormal(False)
+    assert code == 0 and facts()["minutes"].keys() == {"unet"}, err                    # autoencoder and CLIP stay
+    assert (tmp_path / "model" / "vae.safetensors").read_bytes() == vae
 
 
 def test_the_score_is_drawn_against_the_samples(tmp_path):
@@ -103,7 +102,8 @@ def test_the_score_is_drawn_against_the_samples(tmp_path):
 
 
 @pytest.mark.parametrize("steps, fell", [(4, 4), (6, 6), (1, 2)])
-def test_a_stopped_training_goes_on_for_as_many_steps_as_one_wants(tmp_path, steps, fell):
+def test_a_stopped_training_goes_on_for_as_many_steps_as_one_wants(tmp_path, monkeypatch, steps, fell):
+    monkeypatch.setattr(train_tiny, "UNET_CONFIG", replace(TWO_LEVELS, context_dim=train_tiny.TEXT_CONFIG.width))
     sd, clip, rng = StableDiffusion.load(TINY), load_reward(TINY / "clip"), np.random.default_rng(0)
     scenes = [shapes.random_scene(rng, split="train") for _ in range(8)]
     seen = []
