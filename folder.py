@@ -250,15 +250,16 @@ def load_weights(module: nn.Module, path: Path, device: str | torch.device, dtyp
     return module.requires_grad_(False).eval()
 
 
-def load_tokenizer(path: Path, vocab: int) -> Tokenizer:
+def load_tokenizer(path: Path, vocab: int, kind: Callable[[Path], Any] = Tokenizer, whose: str = "a CLIP") -> Any:
     """tokenizer.json, checked against the size of the text encoder's vocabulary."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; convert the model again")
     try:
-        tokenizer = Tokenizer(path)
+        tokenizer = kind(path)
     except Exception as error:                   # the tokenizers library raises nothing narrower
-        raise InputError(f"{path} is not a CLIP tokenizer ({error}); convert the model again") from None
-    if tokenizer.end >= vocab:
-        raise InputError(f"{path} has {tokenizer.end + 1} tokens, but the text encoder knows {vocab}; convert the "
-                         "model again with the tokenizer that belongs to it")
+        raise InputError(f"{path} is not {whose} tokenizer ({error}); convert the model again") from None
+    size = max(tokenizer.end + 1, tokenizer.model.get_vocab_size())
+    if size > vocab:
+        raise InputError(f"{path} has {size} tokens, but the text encoder knows {vocab}; convert the model again with "
+                         "the tokenizer that belongs to it")
     return tokenizer

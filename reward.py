@@ -11,8 +11,8 @@
 
 Start at `load_reward`, then `ClipReward.__call__` and `RewardModel.forward`. HPSv2 is a CLIP too, a ViT-H/14 trained on
 people's choices between pictures; its published tables show the cosine times 100.
-Shapes: B pictures and their prompts, H W pixels, S the image tower's own side, N = (S / patch)^2 + 1 image tokens of
-width D, L text tokens of width T, P width of the space that CLIP's two towers share.
+Shapes: B pictures and their prompts; H W pixels; S side of the pictures that the image tower sees; N image tokens of
+width D, (S / patch)^2 + 1; L text tokens of width T; P width of the space that CLIP's two towers share.
 Sources: CLIP, arXiv 2103.00020, section 2; HPSv2, arXiv 2306.09341; ImageReward, arXiv 2304.05977.
 Checked against transformers 5.23 (CLIPVisionModelWithProjection, BlipVisionModel, BlipTextModel) and open_clip 3.3.
 Parameter names are the published ones: those of CLIP on Hugging Face, and of ImageReward.pt.
@@ -37,7 +37,40 @@ COLOR_MEAN = (0.48145466, 0.4578275, 0.40821073)                       # of red,
 COLOR_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# --------------------------------------------------------------------------------------------------- CLIP's image tower
+# ----------------------------------------------------------------------------------------------- what both kinds share
+
+class Bag(nn.Module):
+    """Modules and parameters under their names in the checkpoint. The model that has the bag calls them."""
+
+    def __init__(self, **parts: nn.Module | nn.Parameter):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def preprocess(images: Tensor, config: "ImageConfig | ImageRewardConfig") -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] to what the image tower sees, (B, 3, S, S). Differentiable.
+
+    The short side is resized to S (bicubic, antialiased), the centre is cropped, colours are normalised.
+    """
+    h, w = images.shape[-2:]
+    if min(h, w) != config.size:
+        size = (config.size * h // min(h, w), config.size * w // min(h, w))     # rounded down, as published code does
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    top, left = ((side - config.size) // 2 for side in images.shape[-2:])
+    images = images[..., top:top + config.size, left:left + config.size]
+    mean, std = (torch.tensor(x, device=images.device, dtype=images.dtype)[:, None, None]
+                 for x in (config.mean, config.std))
+    return (images - mean) / std
+
+
+def embed(x: Tensor, patches: nn.Conv2d, first: Tensor, positions: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, N, D): the class token `first` (D,), then one token per patch; their positions are added."""
+    x = patches(x).flatten(2).transpose(1, 2)
+    return torch.cat([first.expand(len(x), 1, -1), x], dim=1) + positions
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLIP
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -62,65 +95,30 @@ CONFIGS = {
 }
 
 
-class Embeddings(nn.Module):
-    """The class token, then one token per patch. (B, 3, S, S) -> (B, N, D)"""
-
-    def __init__(self, config: ImageConfig):
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.width))
-        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch, bias=False)
-        self.position_embedding = nn.Embedding((config.size // config.patch) ** 2 + 1, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = self.patch_embedding(x).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
-
-
-class VisionModel(nn.Module):
-    """Container that gives its parameters their published names, which begin with "vision_model."."""
-
-    def __init__(self, config: ImageConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width)                  # the spelling of every checkpoint
-        self.encoder = Encoder(config, causal=False)
-        self.post_layernorm = nn.LayerNorm(config.width)
-
-
 class ImageEncoder(nn.Module):
     """Pictures (B, 3, H, W) in [0, 1] -> embeddings (B, P) in the space shared with texts, not normalised"""
 
     def __init__(self, config: ImageConfig = ImageConfig()):
         super().__init__()
-        self.config = config
-        self.vision_model = VisionModel(config)
-        self.visual_projection = nn.Linear(config.width, config.projection, bias=False)
+        self.config, width = config, config.width
+        embeddings = Bag(class_embedding=nn.Parameter(torch.randn(width)),
+                         patch_embedding=nn.Conv2d(3, width, config.patch, config.patch, bias=False),
+                         position_embedding=nn.Embedding((config.size // config.patch) ** 2 + 1, width))
+        self.vision_model = Bag(embeddings=embeddings, pre_layrnorm=nn.LayerNorm(width),      # every checkpoint's typo
+                                encoder=Encoder(config, causal=False), post_layernorm=nn.LayerNorm(width))
+        self.visual_projection = nn.Linear(width, config.projection, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        model = self.vision_model
-        x = model.pre_layrnorm(model.embeddings(preprocess(images, self.config)))
+        model, start = self.vision_model, self.vision_model.embeddings
+        x = model.pre_layrnorm(embed(preprocess(images, self.config), start.patch_embedding, start.class_embedding,
+                                     start.position_embedding.weight))
         for layer in model.encoder.layers:
             x = layer(x)
         return self.visual_projection(model.post_layernorm(x[:, 0]))
 
 
-def preprocess(images: Tensor, config: ImageConfig) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, S, S): the short side is resized to S (bicubic, antialiased), the centre is
-    cropped, and the colours are normalised by the config's mean and std. Differentiable."""
-    h, w = images.shape[-2:]
-    if min(h, w) != config.size:
-        size = (config.size * h // min(h, w), config.size * w // min(h, w))     # rounded down, as published code does
-        images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-    top, left = ((side - config.size) // 2 for side in images.shape[-2:])
-    images = images[..., top:top + config.size, left:left + config.size]
-    mean, std = (torch.tensor(x, device=images.device, dtype=images.dtype)[:, None, None]
-                 for x in (config.mean, config.std))
-    return (images - mean) / std
-
-
 class ClipReward:
-    """The cosine similarity of the embeddings that one CLIP's two towers give a picture and its prompt."""
+    """The cosine similarity of a picture's and its prompt's embeddings, by the two towers of one CLIP."""
 
     def __init__(self, image: ImageEncoder, text: TextEncoder, tokenizer: Tokenizer):
         if text.config.projection != image.config.projection:
@@ -179,26 +177,16 @@ class WordPieces:
 
     def __init__(self, path: str | Path):
         self.model = tokenizers.Tokenizer.from_file(str(path))
-        self.ids = [self.model.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]")]
-        if None in self.ids:
+        self.start, self.end, self.pad = map(self.model.token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
+        if None in (self.start, self.end, self.pad):
             raise ValueError("it has no [CLS], [SEP] and [PAD] tokens")
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids (B, length), and their mask (B, length): false for padding. Long prompts are cut."""
-        start, end, pad = self.ids
-        rows = [[start, *self.model.encode(prompt, add_special_tokens=False).ids[:length - 2], end]
+        rows = [[self.start, *self.model.encode(prompt, add_special_tokens=False).ids[:length - 2], self.end]
                 for prompt in prompts]
         sizes = torch.tensor([[len(row)] for row in rows])
-        return torch.tensor([row + [pad] * (length - len(row)) for row in rows]), torch.arange(length) < sizes
-
-
-class Bag(nn.Module):
-    """Container that gives its parts the checkpoint's names; `RewardModel.forward` calls them."""
-
-    def __init__(self, **parts: nn.Module | nn.Parameter):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
+        return torch.tensor([row + [self.pad] * (length - len(row)) for row in rows]), torch.arange(length) < sizes
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
@@ -275,18 +263,17 @@ class RewardModel(nn.Module):
             encoder=Bag(layer=nn.ModuleList([TextLayer(config) for _ in range(config.text_layers)])))
         self.blip = Bag(visual_encoder=image, text_encoder=text)
         linears = [nn.Linear(a, b) for a, b in pairwise((text_width, *config.head, 1))]
-        # As published, there is no activation between these layers, so the five act as one. In training, dropout
-        # followed each of the first three. That is why the layers' numbers in the checkpoint have gaps.
+        # As published, there is no activation between these layers. In training, dropout followed each of the first
+        # three: therefore their numbers in the checkpoint have gaps.
         self.mlp = Bag(layers=nn.Sequential(*(part for i, linear in enumerate(linears)
                                               for part in ((linear, nn.Identity()) if i < 3 else (linear,)))))
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         tower = self.blip.visual_encoder
-        x = tower.patch_embed.proj(preprocess(images, self.config)).flatten(2).transpose(1, 2)
-        x = torch.cat([tower.cls_token.expand(len(x), 1, -1), x], dim=1) + tower.pos_embed       # (B, N, D)
+        x = embed(preprocess(images, self.config), tower.patch_embed.proj, tower.cls_token, tower.pos_embed)
         for block in tower.blocks:
             x = block(x)
-        image = tower.norm(x)
+        image = tower.norm(x)                                                                    # (B, N, D)
 
         tower = self.blip.text_encoder
         x = tower.embeddings.word_embeddings(ids) + tower.embeddings.position_embeddings.weight[:ids.shape[1]]
@@ -318,8 +305,7 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
     """The reward in a folder that `convert_weights.py --reward` or `ClipReward.save` wrote.
 
     The entries of config.json tell its kind: "text_encoder" and "image_encoder" for a CLIP, "image_reward" for
-    ImageReward. Each entry has a .safetensors file of its name. Both kinds have tokenizer.json. InputError if anything
-    is missing, damaged or doesn't fit.
+    ImageReward. Each has a .safetensors file of its name. InputError if anything is missing, damaged or doesn't fit.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -339,7 +325,7 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
 
     if "image_reward" in entries:
         model = part("image_reward", RewardModel, ImageRewardConfig)
-        pieces = load_word_pieces(folder / "tokenizer.json", model.config.vocab)
+        pieces = load_tokenizer(folder / "tokenizer.json", model.config.vocab, WordPieces, "BERT's")
         return ImageReward(load_weights(model, folder / "image_reward.safetensors", device, dtype), pieces)
     if not {"text_encoder", "image_encoder"} <= entries.keys():
         raise InputError(f'{folder} holds no reward (its config.json has neither "image_reward" nor "text_encoder" and '
@@ -354,22 +340,8 @@ def load_reward(folder: str | Path, device: str | torch.device = "cpu",
         raise InputError(f"{folder}: {error}") from None
 
 
-def load_word_pieces(path: Path, vocab: int) -> WordPieces:
-    """tokenizer.json of ImageReward, checked against the size of the text tower's vocabulary."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; convert the model again")
-    try:
-        tokenizer = WordPieces(path)
-    except Exception as error:                   # the tokenizers library raises nothing narrower
-        raise InputError(f"{path} is not BERT's tokenizer ({error}); convert the model again") from None
-    if tokenizer.model.get_vocab_size() > vocab:
-        raise InputError(f"{path} has {tokenizer.model.get_vocab_size()} tokens, but the text tower knows {vocab}; "
-                         "convert the model again with the vocabulary that belongs to it")
-    return tokenizer
-
-
 def add_rewards(rewards: list[ClipReward | ImageReward]) -> Callable[[Tensor, list[str]], Tensor]:
-    """Several rewards as one: minus MaskUNet's released loss, the sum of ReLU(2 - ImageReward) and 5 (1 - cosine).
+    """Several rewards as one: minus the released loss, the sum of ReLU(2 - ImageReward) and 5 (1 - cosine) of a CLIP.
 
     The paper's eq. 10 (arXiv 2505.03097) is a sum without signs and weights. A single reward is returned unchanged:
     AdamW's steps don't depend on the scale of the reward, and there is no reason to stop at 2.
