@@ -1,7 +1,15 @@
 """checkpoint.py: files as people have them become the same tensors, and nothing in them is run."""
+import argparse
+import collections
+import datetime
 import json
+import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import randn
@@ -19,12 +27,12 @@ def write_file(path: Path, state: dict[str, Tensor]) -> None:
     (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
 
 
-def write_shards(folder: Path, ending: str) -> None:
+def write_shards(folder: Path, ending: str, index: str = ".index.json") -> None:
     names, where = list(STATE), {}
     for k, some in enumerate((names[:2], names[2:])):
         write_file(folder / f"shard{k}{ending}", {name: STATE[name] for name in some})
         where |= dict.fromkeys(some, f"shard{k}{ending}")
-    (folder / f"model{ending}.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / f"model{ending}{index}").write_text(json.dumps({"weight_map": where}))
 
 
 @pytest.mark.parametrize("make, place", [
@@ -33,7 +41,8 @@ def write_shards(folder: Path, ending: str) -> None:
     (lambda folder: torch.save({"state_dict": STATE, "epoch": 3}, folder / "x.ckpt"), "x.ckpt"),
     (lambda folder: torch.save(STATE, folder / "x.bin", _use_new_zipfile_serialization=False), "x.bin"),
     (lambda folder: write_file(folder / "diffusion_pytorch_model.fp16.safetensors", STATE), ""),
-    (lambda folder: write_shards(folder, ".safetensors"), ""), (lambda folder: write_shards(folder, ".bin"), "")])
+    (lambda folder: write_shards(folder, ".safetensors"), ""), (lambda folder: write_shards(folder, ".bin"), ""),
+    (lambda folder: write_shards(folder, ".safetensors", ".index.fp16.json"), "")])
 def test_every_layout_holds_the_same_tensors_bit_for_bit(tmp_path, make, place):
     make(tmp_path)
     found = read_checkpoint(tmp_path / place)
@@ -44,18 +53,50 @@ def test_every_layout_holds_the_same_tensors_bit_for_bit(tmp_path, make, place):
 
 
 class Evil:
+    def __init__(self, function, *arguments):
+        self.made_by = function, arguments
+
     def __reduce__(self):
-        return open, ("/".join([str(Evil.place), "ran"]), "w")
+        return self.made_by
+
+
+def pretended(name: str) -> type:
+    """A class that a pickle names as if it came from this module; the module need not exist."""
+    module, _, name = name.rpartition(".")
+    made = type(name, (), {"__module__": module, "__init__": lambda self, **state: vars(self).update(state)})
+    for depth in range(module.count(".") + 1):
+        place = ".".join(module.split(".")[:depth + 1])
+        sys.modules.setdefault(place, types.ModuleType(place))
+    setattr(sys.modules[module], name, made)
+    return made
 
 
 @pytest.mark.parametrize("modern", [True, False])
-def test_a_pickle_that_holds_more_than_weights_is_refused_unrun(tmp_path, modern):
-    Evil.place = tmp_path
-    data = {"state_dict": {"a": torch.zeros(2)}, "callbacks": Evil()}
+@pytest.mark.parametrize("function, name", [(open, "open"), (os.system, "system"), (exec, "exec"),
+                                            (subprocess.call, "call"), (torch.hub.load, "torch.hub.load")])
+def test_code_in_a_pickle_is_named_and_not_run(tmp_path, modern, function, name):
+    place = tmp_path / "ran"
+    arguments = {open: (str(place), "w"), exec: (f"open({str(place)!r}, 'w')",)}.get(function, (f"touch {place}",))
+    data = {"state_dict": {"a": torch.zeros(2)}, "callbacks": Evil(function, *arguments)}
     torch.save(data, tmp_path / "model.ckpt", _use_new_zipfile_serialization=modern)
-    with pytest.raises(InputError, match="more than tensors .*open.* get this model as .safetensors"):
+    with pytest.raises(InputError, match=rf"holds code \(\S*{name}\), which was not run; get this model as .safetens"):
         read_checkpoint(tmp_path / "model.ckpt")
-    assert not (tmp_path / "ran").exists()
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_what_trainers_leave_in_a_pickle_is_read_without_running_it(tmp_path, modern):
+    """NumPy's numbers, Lightning's callbacks (by class and by object) and settings, as files of SD 1.x hold them."""
+    callback = pretended("pytorch_lightning.callbacks.made_up.ModelCheckpoint")
+    data = {"state_dict": {"a": torch.ones(2)}, "callbacks": {callback: {"best": np.float64(1)}, 1: callback(n=1)},
+            "global_step": np.int64(7), "array": np.arange(3), "hyper_parameters": argparse.Namespace(lr=1e-4),
+            "counts": collections.defaultdict(int, a=1), "last": collections.deque([1, 2]),
+            "dates": datetime.timedelta(1)}
+    torch.save(data, tmp_path / "model.ckpt", _use_new_zipfile_serialization=modern)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning.callbacks.made_up")]:
+        del sys.modules[name]                                                # nobody who reads it has it
+    found = read_checkpoint(tmp_path / "model.ckpt")
+    assert torch.equal(found.tensors["a"].read(), torch.ones(2)) and set(found.others) == data.keys() - {"state_dict"}
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -95,6 +136,15 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "shard1.safetensors").unlink()
     with pytest.raises(InputError, match="lists shard1.safetensors, which isn't there"):
         read_checkpoint(tmp_path)
+    (tmp_path / "model").mkdir()
+    write_file(tmp_path / "secret.safetensors", STATE)
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "..", "in/../../secret.safetensors"):
+        (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match="outside the folder"):
+            read_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="can't be read"):
+        read_checkpoint(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     for place, words in (("empty", "has no weights"), ("nowhere", "no file or folder")):
         with pytest.raises(InputError, match=words):

@@ -19,7 +19,7 @@ import convert_weights
 from checkpoint import Checkpoint, Stored
 from clip_text import TextConfig, TextEncoder, Tokenizer
 from convert_weights import convert
-from folder import ModelConfig, build, load_weights, read_config
+from folder import ModelConfig, build, load_weights, read_config, verify
 from sampler import NoiseSchedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -233,6 +233,7 @@ def check_folder(out: Path, family: str | ModelConfig, weights: dict[str, dict[s
         for name, tensor in state.items():
             assert torch.equal(loaded[name], tensor.float()), (part, name)
     Tokenizer(out / "tokenizer.json")
+    verify(out)
     files = {"config.json", "tokenizer.json", *(f"{part}.safetensors" for part in weights)}
     assert {path.name for path in out.iterdir()} == files
     assert not [path.name for path in out.parent.iterdir() if path.name.endswith(".part")]
@@ -451,7 +452,10 @@ def conv_in(channels: int) -> dict[str, torch.Tensor]:
     ({"model.diffusion_model.surprise.weight": torch.zeros(2)}, "surprise.weight"),
     ({"cond_stage_model.transformer.text_model.encoder.layers.7.mlp.fc1.bias": torch.zeros(2)}, "layers.7.mlp"),
     ({"model.diffusion_model.out.2.bias": torch.zeros(5)}, "shape (5,)"),
-    ({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)}, "floating point"),
+    ({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)}, "is quantised (int8, not floating point)"),
+    ({"model.diffusion_model.out.2.weight.absmax": torch.zeros(4)}, "is quantised (bitsandbytes, 4 bits: it holds"),
+    ({"model.diffusion_model.out.2.SCB": torch.zeros(4)}, "is quantised (bitsandbytes, 8 bits"),
+    ({"scaled_fp8": torch.zeros(2)}, "is quantised (scaled float8"),
     (conv_in(9), "inpainting"), (conv_in(8), "InstructPix2Pix"), (conv_in(7), "shape (16, 7, 3, 3)"),
     ("first_stage_model.quant_conv.weight", "lacks 1 tensors of this model, the first is first_stage_model.quant_conv"),
 ])
