@@ -4,8 +4,8 @@ config.json                 family, prediction, schedule, size, the configs of a
 unet.safetensors  vae.safetensors  text_encoder.safetensors  (SDXL: text_encoder_2.safetensors)  tokenizer.json
 
 Start at `read_config` and `load_weights`. Reading is strict: anything missing, unknown, out of range or of a wrong
-shape raises InputError. `verify` compares the files with their digests. The same functions read the folder of a reward
-model (`reward.py`).
+shape raises InputError. `check_digests` finds damaged files. The same functions read the folder of a reward model
+(`reward.py`).
 """
 import hashlib
 import json
@@ -60,7 +60,7 @@ class ModelConfig:
     zero_negative: bool = False                  # SDXL: without a negative prompt (None), use zeros instead of ""
     sampler: str | None = None                   # used if none is given; None: "ddim"
     cfg_scale: float | None = None               # likewise; None: 7.5
-    digests: dict[str, str] = field(default_factory=dict, compare=False)       # by file, see `verify`
+    digests: dict[str, str] = field(default_factory=dict, compare=False)       # by file, see `check_digests`
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def short(value: Any) -> str:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Does a value have a config field's type: int, float (ints count too), tuple[int, ...], str | None or the like?"""
+    """Has a value the type of a config field, such as int, float (an int is one too), tuple[int, ...] or str | None?"""
     if get_origin(kind) is UnionType:
         return any(is_of(value, one) for one in get_args(kind))
     if get_origin(kind) is dict:
@@ -183,7 +183,7 @@ def digests(folder: Path, data: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def verify(folder: Path) -> None:
+def check_digests(folder: Path) -> None:
     """InputError unless the files of a model (and of its CLIP) or of a reward are those that `write_config` found."""
     for place in [folder, folder / "clip"] if (folder / "clip").is_dir() else [folder]:
         data = read_json(place / "config.json")
@@ -211,7 +211,7 @@ def check_size(height: int, width: int) -> tuple[int, int]:
 class NoStart(TorchFunctionMode):
     """Inside the block, modules skip their random initialisation: `load_weights` replaces the weights anyway.
 
-    This is faster. Initialising an embedding on the meta device would even import torch.compile, which takes a second.
+    Skipping it is faster: on the meta device, the initialisation of an embedding imports torch.compile for a second.
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clip_text import TextEncoder, Tokenizer
 from command import InputError
-from folder import ModelConfig, build, check_size, load_tokenizer, load_weights, read_config, verify
+from folder import ModelConfig, build, check_digests, check_size, load_tokenizer, load_weights, read_config
 from freescale import FreeScale, enlarge
 from reward import add_rewards, load_reward
 from sampler import Condition, Plan, draw_noise, generate, plan
@@ -50,7 +50,7 @@ class StableDiffusion:
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             low_memory: bool = False, compiled: bool = False, verified: bool = False) -> "StableDiffusion":
+             low_memory: bool = False, compiled: bool = False, verify: bool = False) -> "StableDiffusion":
         """Read a converted model folder, strictly. InputError if anything is missing, damaged or doesn't fit.
 
         low_memory: only the U-Net stays on the device; text encoders and VAE are moved there when they are needed, and
@@ -58,7 +58,7 @@ class StableDiffusion:
         compiled: torch.compile makes a graph of the U-Net in its first call, and another for each new size, batch size
             or set of techniques. That takes minutes for a large model and pays off for many pictures of one kind. With
             parallel Faster Diffusion, the encoder is one graph, and the decoder one for each number of steps per batch.
-        verified: compare all files with the digests in config.json (always done for a tiny model, where it is quick).
+        verify: compare all files with the digests in config.json (always done for a tiny model, where it is quick).
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -72,8 +72,8 @@ class StableDiffusion:
         load_weights(vae, folder / "vae.safetensors", home, torch.float32 if guard else dtype)
         for name, text in zip(("text_encoder", "text_encoder_2"), texts):
             load_weights(text, folder / f"{name}.safetensors", home, dtype)
-        if verified or config.family == "tiny" and config.digests:
-            verify(folder)
+        if verify or config.family == "tiny" and config.digests:
+            check_digests(folder)
         if compiled:
             # on a CPU the layouts stay as they are: neither the compiler's own nor frozen weights were faster
             kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None

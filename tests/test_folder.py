@@ -10,7 +10,7 @@ from conftest import make_folder
 
 from clip_text import TextConfig
 from command import InputError
-from folder import RANGES, TINY, WORDS, ModelConfig, read_config, verify, write_config
+from folder import RANGES, TINY, WORDS, ModelConfig, check_digests, read_config, write_config
 from reward import ImageConfig, ImageRewardConfig, load_reward
 from sampler import NoiseSchedule
 from stable_diffusion import StableDiffusion
@@ -66,13 +66,13 @@ def test_json_that_is_nested_too_deeply_is_named(tmp_path):
 def test_the_embedded_model_has_digests_and_fits_them():
     assert read_config(TINY).digests.keys() == {"config.json", "tokenizer.json", "unet.safetensors", "vae.safetensors",
                                                 "text_encoder.safetensors"}
-    verify(TINY)
+    check_digests(TINY)
 
 
 @pytest.mark.parametrize("sdxl", [False, True])
 def test_every_file_has_a_digest_and_any_damage_is_found(tmp_path, sdxl):
     folder = make_folder(tmp_path / "model", sdxl)
-    verify(folder)
+    check_digests(folder)
     files = [path for path in folder.iterdir() if path.name != "config.json"]
     assert {path.name for path in files} | {"config.json"} == read_config(folder).digests.keys()
     chance = random.Random(0)
@@ -81,12 +81,12 @@ def test_every_file_has_a_digest_and_any_damage_is_found(tmp_path, sdxl):
         for place in (0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(3))):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
             with pytest.raises(InputError, match=path.name) as error:
-                verify(folder)
+                check_digests(folder)
             assert "\n" not in str(error.value)
         path.write_bytes(whole)
     (folder / "vae.safetensors").unlink()
     with pytest.raises(InputError, match="vae.safetensors is not the file that was written with this model"):
-        verify(folder)
+        check_digests(folder)
 
 
 def test_a_changed_setting_is_found_and_a_changed_layout_is_none(tmp_path):
@@ -94,17 +94,17 @@ def test_a_changed_setting_is_found_and_a_changed_layout_is_none(tmp_path):
     path = folder / "config.json"
     text = path.read_text()
     path.write_text(json.dumps(json.loads(text)).replace("\n", "\r\n"))
-    verify(folder)
+    check_digests(folder)
     path.write_text(text.replace("0.012", "0.011"))
     with pytest.raises(InputError, match="config.json is not the file"):
-        verify(folder)
+        check_digests(folder)
     write_config(folder, read_config(folder))                                # now this is the model
-    verify(folder)
+    check_digests(folder)
     data = json.loads(text)
     del data["digests"]
     path.write_text(json.dumps(data))
     with pytest.raises(InputError, match="has no digests"):
-        verify(folder)
+        check_digests(folder)
     assert StableDiffusion.load(folder).config.digests == {}                 # older models still load
 
 
@@ -124,4 +124,4 @@ def test_loading_verifies_tiny_models_always_and_others_on_request(tmp_path):
     flip(folder / "unet.safetensors")
     StableDiffusion.load(folder)
     with pytest.raises(InputError, match="unet.safetensors is not the file"):
-        StableDiffusion.load(folder, verified=True)
+        StableDiffusion.load(folder, verify=True)
