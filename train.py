@@ -1,14 +1,13 @@
-"""Trains what makes a model better: today masks on the weights of its U-Net (MaskUNet's training-based approach).
+"""Trains masks on the weights of a model's U-Net (MaskUNet's training-based approach), and the loop of all trainings.
 
     python train.py masks --model models/tiny --data FOLDER --out masks.safetensors
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py masks --data FOLDER --out masks.safetensors
 
-Start at `Training`, a run that is saved and resumed, and `fit`, the loop of all trainings; `lab/train_tiny.py` uses
-both. `train_denoiser` is `fit` with the loss of diffusion models, for any batches of images and captions. Masks are in
+Start at `Training`, a run that can be saved and resumed, and `fit`, the loop; `lab/train_tiny.py` uses both.
+`train_denoiser` is `fit` with the loss of diffusion models, for any batches of images and captions. Masks are in
 `maskunet.py`. Source: arXiv 2505.03097; as published: AdamW, a constant rate, all times equally likely and weighted.
 Shapes: B images of this process, H W pixels, h w latent pixels.
 """
-import argparse
 import math
 import os
 import sys
@@ -50,7 +49,7 @@ BUCKETS = 5                                        # of the times 0..999, for th
 
 def join(device: torch.device) -> torch.device:
     """Join the other processes if torchrun started this one. Returns this process's device."""
-    if "RANK" in os.environ:                                           # started by torchrun
+    if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -72,19 +71,19 @@ def world() -> int:
 
 
 def distributed(module: nn.Module) -> nn.Module:
-    """The module, with gradients that are averaged over all processes."""
+    """The module; backward passes average its gradients over all processes."""
     return DistributedDataParallel(module) if dist.is_initialized() else module
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 class Training:
-    """A training run: module, optimisers, progress and log. It is kept in the file `path` and goes on from there.
+    """A training run: module, optimisers, progress and log. If the file `path` exists, the run continues from it.
 
-    memory: also keep the moving average of all weights, over about a tenth of the steps and at most this many.
-    clip: the largest norm of the gradient. facts: what the run depends on.
-    optimizers: in place of AdamW with lr and weight_decay. A parameter group with a "factor" has this multiple of the
-        rate that `update` is given.
+    memory: None, or keep a moving average of all weights, over a tenth of the steps so far but at most this many.
+    clip: the largest norm of the gradient. facts: more settings that must stay the same when a run is continued.
+    optimizers: instead of AdamW with lr and weight_decay. The rate of a parameter group is its "factor" (default: 1)
+        times the rate that `update` is given.
     InputError where the file belongs to another module or other facts.
     """
     KEPT = ("average", "step", "seconds", "curve", "scores", "fell")   # with the states of module and optimisers
@@ -97,15 +96,15 @@ class Training:
         self.average = {name: p.detach().clone() for name, p in module.state_dict().items()} if memory else None
         self.facts = dict(lr=lr, weight_decay=weight_decay, seed=seed, **facts)
         self.step, self.seconds, self.curve, self.scores = 0, 0.0, [], []
-        self.fell: int | None = None               # the step at which the rate began to fall, where the caller notes it
+        self.fell: int | None = None               # for callers: the step at which the rate began to fall
         if path is None or not path.exists():
             return
         try:
             state = torch.load(path, map_location=next(module.parameters()).device, weights_only=True)
             for name, value in self.facts.items():
                 if state["facts"].get(name) != value:
-                    raise InputError(f"{path} was begun with {name} {state['facts'].get(name)}, not {value}: go on as "
-                                     "it began, or remove it")
+                    raise InputError(f"{path} was begun with {name} {state['facts'].get(name)}, not {value}: continue "
+                                     "as it began, or remove it")
             module.load_state_dict(state["module"])
             for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(its)
@@ -124,7 +123,7 @@ class Training:
                             **{name: getattr(self, name) for name in self.KEPT}}, part)
 
     def update(self, loss: Tensor, lr: float | None = None, first: int = 0) -> None:
-        """One step of the optimisers. lr: their rate, None: as it is. first: the step at which the average begins."""
+        """One step of the optimisers. lr: their rate; None: unchanged. first: the step at which the average begins."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -141,18 +140,19 @@ class Training:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Up over `warmup` steps, constant, then linearly down to zero over the last third: a run can be made longer."""
+    """The rate of a step: rising over `warmup` steps, constant, falling linearly to zero over the last third."""
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / (steps / 3))
 
 
 def fit(run: Training, steps: int, loss_of: Callable[[int], Tensor | None], name: str, save_every: int = 500,
         log_every: int = 100, log: Callable[[float], None] | None = None, on_save: Callable[[], None] = lambda: None,
         peak: float | None = None, first: int = 0, stop: int | None = None) -> None:
-    """The loop of all trainings, up to `steps`. loss_of(step): draws a batch and returns its loss; None: there is none.
+    """The loop of all trainings, up to `steps` optimiser steps in all.
 
-    log(loss): called every log_every steps and before each checkpoint with the mean loss since it was last called;
-        None: the curve takes (step, loss). on_save(): called before each checkpoint.
-    peak: of `learning_rate` from step `first` on; None: the optimisers' own constant rate.
+    loss_of(step): draws a batch and returns its loss, or None if there are no more batches.
+    log(loss): called every log_every steps and before each checkpoint, with the mean loss since the last call. None:
+        (step, loss) is added to the curve. on_save(): called before each checkpoint.
+    peak: of `learning_rate`, which begins at step `first`; None: the optimisers' own constant rate.
     stop: a step before `steps` at which to leave this schedule.
     Batches that end too early end the training, with a warning; InputError where a loss or a weight is not finite. Both
     leave the last good checkpoint.
@@ -194,10 +194,10 @@ def check_finite(what: str, step: int, tensors: Iterable[Tensor]) -> None:
 def noised(sd: StableDiffusion, images: Tensor | tuple[Tensor, Tensor], captions: list[str],
            generators: list[torch.Generator],
            caption_dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Condition]:
-    """Images (B, 3, H, W) to noisy latents x (B, 4, h, w), times (B,), what to predict, and the U-Net's conditions.
+    """Noisy latents x (B, 4, h, w) of images, their times (B,), what to predict, and the U-Net's condition.
 
-    images: or, where they were encoded before, mean and standard deviation of their latents, (B, 4, h, w) each.
-    All of row k is drawn from generator k: whether its caption stays, the time, the latent, the noise.
+    images: (B, 3, H, W) in [0, 1]; or mean and standard deviation of their latents, (B, 4, h, w) each.
+    Generator k draws all of row k: whether its caption stays, the time, the latent, the noise.
     """
     alphas = sd.config.schedule.alphas().to(sd.device)
     captions = ["" if torch.rand((), generator=g) < caption_dropout else c for g, c in zip(generators, captions)]
@@ -215,7 +215,7 @@ def noised(sd: StableDiffusion, images: Tensor | tuple[Tensor, Tensor], captions
 
 
 class MaskedUNet(nn.Module):
-    """What is trained, as one module for DistributedDataParallel: a frozen U-Net under masks that learn."""
+    """A frozen U-Net with masks that learn, as one module for DistributedDataParallel."""
 
     def __init__(self, unet: UNet, masks: DynamicMasks | StaticMasks):
         super().__init__()
@@ -232,13 +232,12 @@ def train_denoiser(sd: StableDiffusion, run: Training,
                    batches: Iterable[tuple[Tensor | tuple[Tensor, Tensor], list[str]]], steps: int,
                    save_every: int = 500, log_every: int = 50, caption_dropout: float = 0.0,
                    model: nn.Module | None = None) -> list[tuple]:
-    """Learn to predict the noise better. Returns the curve: rows (step, loss, loss by time, density of the masks).
+    """Train with the loss of diffusion models. Returns the curve: (step, loss, loss by time, density of the masks).
 
-    run: of masks, which act on the frozen U-Net; or of other weights, with `model`, which predicts in the place of
-        `MaskedUNet` and takes the same arguments.
-    batches: this process's images (B, 3, H, W) in [0, 1] (or their latents, see `noised`) and captions, from step
-        `run.step` on.
-    steps: optimiser steps in all. caption_dropout: the part of the captions that is left out (as published: none).
+    run: a training of masks; or of other weights, if `model` is given: it replaces `MaskedUNet` and takes the same
+        arguments.
+    batches: this process's images (see `noised`) and captions, from step `run.step` on.
+    steps: optimiser steps in all. caption_dropout: the fraction of the captions that is left out (as published: none).
     Every random number is a function of seed, step and place in the batch of all processes: runs resume exactly.
     """
     parallel, batches = distributed(MaskedUNet(sd.unet, run.module) if model is None else model), iter(batches)
@@ -260,7 +259,7 @@ def train_denoiser(sd: StableDiffusion, run: Training,
         return losses.mean()
 
     def log(_: float) -> None:
-        """A row of the curve, over all processes; nan where no image had such a time."""
+        """A row of the curve, over all processes; NaN for a range of times that no image had."""
         device = next(run.module.parameters()).device
         total = sums.to(device if device.type == "cuda" else "cpu", copy=True)
         sums.zero_()
@@ -279,7 +278,7 @@ def train_denoiser(sd: StableDiffusion, run: Training,
 # ------------------------------------------------------------------------------------------------------------- the data
 
 def read_pairs(folder: Path) -> list[tuple[Path, str]]:
-    """The pictures of a folder, NAME.png or .jpg, each with its caption in NAME.txt."""
+    """The pictures of a folder, NAME.png or .jpg, and the caption of each, in NAME.txt."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; --data is a folder of NAME.png (or .jpg), each with a NAME.txt")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
@@ -297,7 +296,7 @@ def read_pairs(folder: Path) -> list[tuple[Path, str]]:
 
 def read_batches(pairs: list[tuple[Path, str]], size: int, batch: int, seed: int,
                  first: int = 0) -> Iterator[tuple[Tensor, list[str]]]:
-    """This process's part of endless batches of square pictures, from step `first` on. Each epoch has its own order."""
+    """This process's part of endless batches, from step `first` on: centre squares. Each epoch has its own order."""
     part, order = batch // world(), {}
     for step in range(first, 10 ** 12):
         images, captions = [], []
@@ -320,23 +319,21 @@ def main() -> None:
         "masks", formatter_class=HelpFormatter, help="masks on the weights of the U-Net, from captioned pictures",
         description="Learn masks on the weights of a U-Net from captioned pictures (maskunet.py).").add_argument
     add("--model", type=Path, default=TINY, help="model folder written by convert_weights.py")
-    add("--data", type=Path, required=True, help="folder of NAME.png or .jpg, each with its caption in NAME.txt")
-    add("--out", type=Path, required=True, help="safetensors file; a checkpoint to resume is kept next to it")
+    add("--data", type=Path, required=True, help="folder of NAME.png or .jpg (the centre square counts), each with its "
+        "caption in NAME.txt")
+    add("--out", type=Path, required=True, help="safetensors file; a checkpoint to resume from is kept next to it")
     add("--steps", type=int, default=1000, help="optimiser steps in all")
     add("--batch", type=int, default=32, help="pictures per step, over all processes")
     add("--lr", type=float, default=1e-3, help="constant learning rate; the paper's, for 9,000 steps, is 1e-5")
     add("--seed", type=int, default=0, help="of weights, order and noise")
     add("--init", choices=["working", "official"], default="working",
         help="official: as released, which can't learn to depend on time and image")
-    add("--initial", type=float, default=5.0, help="logit that all weights begin with")
+    add("--initial", type=float, default=5.0, help="first value of all logits")
     add("--gumbels", type=int, choices=[1, 2], default=1, help="1: as released; 2: as cited")
-    add("--caption-dropout", type=float, default=0.0, help="part of the captions that is left out")
+    add("--caption-dropout", type=float, default=0.0, help="fraction of the captions that is left out")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
-    train_masks(parser.parse_args())
-
-
-def train_masks(args: argparse.Namespace) -> None:
+    args = parser.parse_args()
     check_flags(("--steps", args.steps >= 1, "1 or more"), ("--batch", args.batch >= 1, "1 or more"),
                 ("--save-every", args.save_every >= 1, "1 or more"), ("--seed", args.seed >= 0, "0 or more"),
                 ("--lr", 0 < args.lr <= 1, "above 0, at most 1"),
@@ -355,6 +352,8 @@ def train_masks(args: argparse.Namespace) -> None:
     run = Training(masks, args.out.with_suffix(".checkpoint.pt"), args.lr, seed=args.seed,
                    masks=repr((masks.settings, masks.gumbel)), batch=args.batch, caption_dropout=args.caption_dropout,
                    pictures=len(pairs), model=weight_digest(sd.unet, masks.layers))
+    if run.step > args.steps:
+        raise InputError(f"{run.path} is at step {run.step} already: give as many --steps or more, or remove it")
     train_denoiser(sd, run, read_batches(pairs, sd.config.size, args.batch, args.seed, run.step), args.steps,
                    args.save_every, caption_dropout=args.caption_dropout)
     if rank() == 0:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -141,9 +142,12 @@ def test_two_processes_train_as_one_does(narrow, data, tmp_path, command):
     arguments = ["masks", "--model", narrow, "--data", data, "--steps", 3, "--batch", 4, "--lr", 0.01, "--initial", 1,
                  "--device", "cpu"]
     assert command(train.main, *arguments, "--out", tmp_path / "one.safetensors")[0] == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    ROOT / "train.py", *map(str, arguments), "--out", tmp_path / "two.safetensors"],
-                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments), "--out",
+                              tmp_path / "two.safetensors"], stderr=subprocess.DEVNULL,
+                             env={**os.environ, **told, "OMP_NUM_THREADS": "1", "RANK": str(k)}) for k in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]           # told what torchrun tells its processes
     one, two = (safe_open(tmp_path / f"{name}.safetensors", "pt") for name in ("one", "two"))
     (a, b) = (json.loads(file.metadata()["maskunet"])["training"]["curve"][-1] for file in (one, two))
     assert a[0] == b[0] == 3 and a[1] == pytest.approx(b[1], rel=1e-5) and a[3] == pytest.approx(b[3], abs=1e-6)
@@ -169,8 +173,11 @@ def test_the_batches_of_a_folder_cover_it_in_every_epoch_and_split_between_proce
 
 def test_masks_from_the_command_line_make_a_picture_that_says_so(narrow, data, tmp_path, command):
     masks, picture = tmp_path / "m.safetensors", ["a red circle", "--model", narrow, "--steps", 4, "--device", "cpu"]
-    assert command(train.main, "masks", "--model", narrow, "--data", data, "--out", masks, "--steps", 2, "--batch", 2,
-                   "--initial", -1, "--device", "cpu")[0] == 0
+    training = ["masks", "--model", narrow, "--data", data, "--out", masks, "--batch", 2, "--initial", -1, "--device",
+                "cpu", "--steps"]
+    assert command(train.main, *training, 2)[0] == 0
+    code, _, err = command(train.main, *training, 1)
+    assert code == 2 and "m.checkpoint.pt is at step 2 already: give as many --steps or more" in err
     made, fixed = {}, f"{masks},fixed"
     for flags in ([], ["--masks", masks], ["--masks", fixed], ["--masks", f"{masks},threshold"],
                   ["--masks", "random,0.3"], ["--masks", "random,0.3,window"]):
