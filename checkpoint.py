@@ -90,7 +90,7 @@ def read_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, [])
 
 
-# What trainers put into pickles: Lightning's callbacks, NumPy's numbers. These names get a stand-in, see `Inert`.
+# Names that trainers put into pickles, such as Lightning's callbacks and NumPy's numbers: `Inert` takes their place.
 HARMLESS = re.compile(r"(numpy|(pytorch_)?lightning\w*|omegaconf|torchmetrics|collections|datetime|pathlib|typing)\..+|"
                       r"argparse\.Namespace|builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|"
                       r"object|range|set|slice|str|tuple)")
@@ -109,11 +109,11 @@ class Inert:
         pass
 
 
-CONTAINERS = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}    # filled after being made
+CONTAINERS = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}    # the pickle fills them
 
 
 def unpickle(path: Path) -> Any:
-    """torch.load with `weights_only`, so that only PyTorch's own makers of tensors run, and with `Inert` stand-ins."""
+    """torch.load with weights_only=True, where `Inert` takes the place of HARMLESS names; others are refused."""
     names = []
     while True:
         try:

@@ -48,7 +48,7 @@ FAMILIES = {
                         VAEConfig(scaling=0.13025, force_upcast=True), clip_text.CONFIGS["vit-l-penultimate"],
                         clip_text.CONFIGS["bigg"], zero_negative=True),
 }
-# The configurations of a reward's components. HPSv2 and ImageReward have one size; other CLIP files don't state theirs.
+# The configurations of a reward's components. HPSv2 and ImageReward exist in one size; for other CLIPs see --config.
 REWARDS = {
     "hps": {"text_encoder": replace(clip_text.CONFIGS["vit-h"], layers=24, projection=1024),
             "image_encoder": reward.CONFIGS["vit-h"]},
@@ -78,7 +78,7 @@ class Origin(NamedTuple):
     transform: Callable[[Tensor], Tensor] | None = None
 
 
-Unused = dict[str, list[str]]                                  # by reason: entries of config files
+Unused = dict[str, list[str]]                                  # entries of config files without effect, by reason
 Origins = dict[str, dict[str, tuple[Origin, torch.Size]]]      # by component and name: the origin, and our shape
 
 
@@ -88,8 +88,8 @@ class Summary:
     out_dir: Path
     what: str                          # the model, in a few words
     origins: Origins
-    dropped: dict[str, str]            # by name: the rule by which a tensor was left out
-    unused: Unused | None = None       # entries of config files that the model folder can't express
+    dropped: dict[str, str]            # names of tensors that were left out, and the pattern that each fits
+    unused: Unused | None = None
     unused_ema: bool = False           # the file also holds averaged (EMA) weights
     sampler: str = ""                  # what the source's scheduler says about the sampler
 
@@ -218,10 +218,11 @@ def ignored_by(model: ModelConfig, ema: bool = False) -> list[str]:
 
 def match(configs: dict[str, Any], layout: dict[str, tuple[str, dict[str, str]]], given: Checkpoint,
           ignored: Iterable[str], remedy: str, ema: bool = False) -> tuple[Origins, dict[str, str]]:
-    """The origin of every tensor, and the names that are dropped, with the rule for each.
+    """The origin of every tensor, and the names of the source that are dropped, with the pattern that each fits.
 
     InputError for a tensor that is missing, unknown, quantised or of a wrong shape.
-    layout: by component, its names' prefix in the source, and names that differ. remedy: advice for a wrong shape
+    layout: per component, the prefix of its names in the source, and a table from our names to those that differ
+    ignored: patterns of names that may be dropped. remedy: advice for a wrong shape
     """
     origins = {part: {name: (find(name, *layout[part], given.tensors), tensor.shape) for name, tensor in
                       build(MODULES[part], config, "check its config files").state_dict().items()}
@@ -268,7 +269,7 @@ def check_tensor(origin: Origin, given: Checkpoint, shape: torch.Size, remedy: s
 
 # ---- what the source is ----
 
-# What a single file can be, by a part of its tensors' names; a line break stands for the beginning of a name.
+# What a single file can be, by a text that its tensors' names contain; \n stands for the beginning of a name.
 KINDS = {
     "\nmodel.diffusion_model.input_blocks.0.0.weight": "a Stable Diffusion model: leave out --reward",
     "\nln_final.weight": "a CLIP of OpenCLIP: --reward clip, or hps if it is HPSv2's",
@@ -332,11 +333,11 @@ ANOTHER = "use another model"
 
 
 class Fields(NamedTuple):
-    """How the entries of one kind of config file are treated. Entries that stand nowhere are named as not used."""
-    obeyed: str                                  # names that the code below reads, or checks
-    only: dict[str, tuple]                       # refused unless it is one of these; a missing entry counts as legal
-    unused: dict[str, tuple]                     # named as not used unless it is one of these, which change nothing
-    inert: str                                   # can't change a picture
+    """How each entry of one kind of config file is treated. An entry in none of these is named as not used."""
+    obeyed: str                                  # names of entries that the functions below read or check
+    only: dict[str, tuple]                       # the values that are supported; others are refused
+    unused: dict[str, tuple]                     # not used; named in the summary unless it has one of these defaults
+    inert: str                                   # names of entries that can't change a picture
 
 
 UNET = Fields(
@@ -395,9 +396,9 @@ SCHEDULER = Fields(
      "skip_prk_steps": (True,), "solver_order": (2,), "solver_p": (None,), "solver_type": ("midpoint", "bh2", "logrho"),
      "tau_func": (None,), "timestep_scaling": (10,), "use_beta_sigmas": (False,), "use_exponential_sigmas": (False,),
      "use_karras_sigmas": (False,), "use_lu_lambdas": (False,)},
-    # these act only together with entries that are refused above
+    # these have an effect only together with values that are refused above
     "clip_sample_range dynamic_thresholding_ratio flow_shift sample_max_value shift_terminal time_shift_type")
-# The schedulers of models with these noise schedules, and our name of their solver where there is one.
+# The supported schedulers, and our name of the same solver, if there is one. Our own samplers run the others' models.
 SCHEDULERS = {
     "DDIMScheduler": "ddim", "DDIMParallelScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++2m",
     "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a", "HeunDiscreteScheduler": "heun",
@@ -407,7 +408,7 @@ SCHEDULERS = {
 
 
 def heed(path: Path, data: dict[str, Any], fields: Fields, unused: Unused, reason: str = "") -> None:
-    """Treat the entries of a config file; those that are not used are added to `unused` under this reason."""
+    """Refuse what a config file may not say, and add its entries that are not used to `unused`, under this reason."""
     require(path, data, fields.only)
     known = {*fields.obeyed.split(), *fields.inert.split(), *fields.only}
     for name, value in data.items():
@@ -424,14 +425,14 @@ def require(path: Path, data: dict[str, Any], only: dict[str, tuple]) -> None:
 
 
 def single(value: Any) -> Any:
-    """A list of equal entries, which diffusers takes for one entry per level, as this entry."""
+    """The entry of a list of equal entries (diffusers accepts one per level); any other value unchanged."""
     return value[0] if isinstance(value, list) and value and all(entry == value[0] for entry in value) else value
 
 
 def hf_config(folder: Path, prediction: str | None, unused: Unused) -> tuple[ModelConfig, str]:
-    """Our config, from those of a Hugging Face folder, and what its scheduler says about the sampler.
+    """Our config from the config files of a Hugging Face folder, and the sampler that its scheduler stands for.
 
-    Pad ids and lengths are set by `with_tokenizers`.
+    `with_tokenizers` then sets the pad ids and lengths of texts.
     """
     if not (folder / "unet").is_dir():
         transformer = (folder / "transformer").is_dir()
@@ -511,7 +512,7 @@ def hf_text(path: Path, usual: TextConfig, unused: Unused) -> TextConfig:
     with json_object(path) as data:
         heed(path, data, TEXT, unused)
         require(path, data, {"hidden_act": ("quick_gelu", "gelu")})
-        if usual.projection:                         # 2 stands for the largest id, here too the end token's
+        if usual.projection:                         # pooled is the first such id; with 2, the first largest one
             require(path, {"eos_token_id": 49407} | data, {"eos_token_id": (2, data["vocab_size"] - 1)})
         config = TextConfig(*(data[name] for name in TEXT_SIZES), data["hidden_act"], usual.output,
                             data["projection_dim"] if usual.projection else None,
@@ -565,8 +566,11 @@ def openclip_config(path: Path) -> dict[str, TextConfig | ImageConfig]:
 
 
 def hf_schedule(path: Path, family: str, unused: Unused) -> tuple[NoiseSchedule, str, str]:
-    """Our schedule, what the U-Net predicts, and the sampler that the file names. Missing entries have the defaults of
-    diffusers' DDIMScheduler; where its pipelines of SD 1.x and 2.x set an entry, so do we."""
+    """Our schedule, what the U-Net predicts, and the sampler that the file stands for.
+
+    Missing entries have the defaults of diffusers' DDIMScheduler. Two entries are set as in its pipelines of SD 1.x and
+    2.x, whatever the file says.
+    """
     with json_object(path) as data:
         kind = data.get("_class_name")
         if kind not in {None, *SCHEDULERS}:
@@ -603,7 +607,7 @@ def hf_schedule(path: Path, family: str, unused: Unused) -> tuple[NoiseSchedule,
 # ---- where each tensor comes from ----
 
 def find(name: str, prefix: str, names: dict[str, str], stored: dict[str, Stored]) -> Origin:
-    """The origin of our tensor `name`. prefix: what the source's names begin with; names: from ours to theirs."""
+    """The origin of our tensor `name`. prefix: begins the source's names; names: a table from our names to theirs."""
     head, rest = name, ""
     while head and head not in names:                # the longest part of the name that the table knows
         head, _, last = head.rpartition(".")
@@ -640,7 +644,7 @@ def single_file_layout(model: ModelConfig) -> dict[str, tuple[str, dict[str, str
 
 
 def unet_names(config: UNetConfig) -> dict[str, str]:
-    """Our modules' names to the original code's, which numbers the encoder's (and the decoder's) layers in sequence."""
+    """A table from our modules' names to the original code's, which counts all layers of the encoder, or decoder."""
     names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
              "conv_in": "input_blocks.0.0", "mid_block.attentions.0": "middle_block.1",
@@ -663,7 +667,7 @@ def unet_names(config: UNetConfig) -> dict[str, str]:
 
 
 def vae_names(config: VAEConfig) -> dict[str, str]:
-    """Our modules' names to the original code's, which numbers the decoder's levels from the image side."""
+    """A table from our modules' names to the original code's, where the decoder's level 0 is the largest."""
     names, resnets = {}, {}
     for i in range(len(config.channels)):
         down, up = f"encoder.down.{i}", f"decoder.up.{len(config.channels) - 1 - i}"
@@ -683,7 +687,7 @@ def vae_names(config: VAEConfig) -> dict[str, str]:
 
 
 def openclip_names(config: TextConfig | ImageConfig) -> dict[str, str]:
-    """Our modules' names to OpenCLIP's, for either tower. Some tensors differ by more than the name: see `find`."""
+    """A table from our modules' names to OpenCLIP's, for either tower. `find` transforms tensors that also differ."""
     if isinstance(config, TextConfig):
         ours, theirs = "text_model", ""
         names = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",

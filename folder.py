@@ -29,7 +29,7 @@ from vae import VAEConfig
 FAMILIES = ("sd15", "sd21", "sdxl", "tiny")
 TINY = Path(__file__).resolve().parent / "models" / "tiny"      # the embedded model
 
-# The legal values of the configs' fields, by name: words, or the range of a number (of each, where there are several).
+# The legal values of config fields, by the field's name: words, or the range of a number (in a list, of each number).
 WORDS = {"family": FAMILIES, "prediction": ("epsilon", "v"), "betas": ("scaled_linear", "linear"),
          "spacing": (None, "leading", "linspace", "trailing"), "activation": ("quick_gelu", "gelu"),
          "output": ("final", "penultimate"), "sampler": (None, *SAMPLERS)}
@@ -116,7 +116,7 @@ def from_json(kind: type, data: Any, where: str) -> Any:
 
 
 def checked(config: Any, where: str, remedy: str = "convert the model again") -> Any:
-    """The config dataclass itself; InputError if an entry has a wrong type or an illegal value. where: its file"""
+    """Returns the config; InputError if a field has a wrong type or an illegal value. where: the file, for messages"""
     for entry in fields(config):
         name, value = entry.name, getattr(config, entry.name)
         if not is_of(value, entry.type):
@@ -167,7 +167,7 @@ def write_config(folder: Path, config: Any) -> None:
 
 def digests(folder: Path, data: dict[str, Any]) -> dict[str, str]:
     """SHA-256 by file, of the weights, the tokenizer and `data`, the entries of config.json."""
-    def of_json(entries: Any) -> str:                                  # whatever its line ends and spaces
+    def of_json(entries: Any) -> str:                                  # spaces and line ends make no difference
         return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
     settings = {name: entry for name, entry in data.items() if name != "digests"}
     found = {"config.json": of_json(settings)}
@@ -184,7 +184,7 @@ def digests(folder: Path, data: dict[str, Any]) -> dict[str, str]:
 
 
 def check_digests(folder: Path) -> None:
-    """InputError unless the files of a model (and of its CLIP) or of a reward are those that `write_config` found."""
+    """InputError if a file of a model, of the CLIP in its folder, or of a reward differs from its digest."""
     for place in [folder, folder / "clip"] if (folder / "clip").is_dir() else [folder]:
         data = read_json(place / "config.json")
         stored = data.get("digests") if isinstance(data, dict) else None
