@@ -182,9 +182,11 @@ class StableDiffusion:
                 settings.check(self.config.unet, steps, guided=cfg_scale != 1)
             techniques[name] = settings.bind(self) if hasattr(settings, "bind") else settings
         freescale, height, width = self.stages(techniques, height, width, noise, init)
-        condition = self.conditions(prompt, None, height, width)
+        demofusion = techniques["highres"] if hasattr(techniques.get("highres"), "stages") else None
+        told = (height, width) if demofusion is None else freescale.resolutions[-1]           # to SDXL, in every stage
+        condition = self.conditions(prompt, None, *told)
         batch, factor = len(condition.context), self.config.vae.factor
-        negative = None if cfg_scale == 1 else self.conditions(negative_prompt, batch, height, width)
+        negative = None if cfg_scale == 1 else self.conditions(negative_prompt, batch, *told)
 
         seeds = [seed + k for k in range(batch)] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != batch:
@@ -207,13 +209,15 @@ class StableDiffusion:
 
         if freescale is None:
             return run(noise, init, 0)
-        latents = run(noise, None, 0) if init is None else init.expand(shape).float()
+        latents = first = run(noise, None, 0) if init is None else init.expand(shape).float()
         for stage, size in enumerate(freescale.resolutions[1:], start=1):
             like = latents.new_empty(1, shape[1], *(side // factor for side in size))
             unit = draw_noise(generators, like) if freescale.upsample == "rgb" else None
             with self.on_device(self.vae):
                 latents = enlarge(latents, size, freescale.upsample, self.vae, unit, self.tile_of(like, tile))
             latents = run(draw_noise(generators, like), latents, stage, freescale=freescale)
+            if demofusion is not None:                                 # with the first stage's mean and deviation
+                latents = demofusion.finish(latents, first)
         return latents
 
     def stages(self, techniques: dict[str, Any], height: int | None, width: int | None, noise: Tensor | None,
