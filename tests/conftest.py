@@ -29,7 +29,7 @@ DATA = ROOT / "tests" / "data"
 # The shapes of SD 1.x and of SDXL, narrow. `make_folder` has its own, of two levels only.
 NARROW = UNetConfig(channels=(8, 16, 16, 16), heads=(2, 2, 2, 2), context_dim=8, groups=4)
 XL = UNetConfig(channels=(8, 16, 16), depth=(0, 2, 3), mid_depth=3, heads=(2, 2, 2), context_dim=8, linear_proj=True,
-                add_dim=6, groups=4)
+                add_dim=6 + 6 * 2, add_time_dim=2, groups=4)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:

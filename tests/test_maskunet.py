@@ -77,7 +77,7 @@ def arguments(masks, unet: UNet = UNETS[NARROW], seeds: tuple[int, ...] = (0, 1)
               size: tuple[int, int] = (8, 8), **more) -> dict:
     """The arguments of a guided run, for `generate`."""
     rows = lambda first, *shape: torch.cat([randn(1, *shape, seed=seed + first) for seed in seeds])
-    context, added = rows(10, 5, 8), rows(20, 6) if unet.config.add_dim else None
+    context, added = rows(10, 5, 8), rows(20, unet.config.add_dim) if unet.config.add_dim else None
     return dict(unet=unet, noise=rows(0, 4, *size), prompt=Condition(context, added),
                 negative=Condition(0 * context, added), plan=plan(sampler, steps), masks=masks,
                 **{"generators": seeded(*seeds), "cfg_scale": 3} | more)
