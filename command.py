@@ -11,6 +11,7 @@ import functools
 import glob
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -35,7 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """Shows an error like `run_command`: one line without the usage, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(complain(message, 2))
+        sys.exit(complain(re.sub(r"^(argument -[^/:]+)/[^:]+", r"\1", message), 2))         # without its other names
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,7 +47,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if default is None or default is False else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = ", ".join(sorted(action.option_strings, key=len)[:2])
+        names = ", ".join(sorted(action.option_strings, key=lambda name: name.startswith("--"))[:2])
         if not names or action.nargs == 0:
             return names or super()._format_action_invocation(action)
         return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
@@ -62,9 +63,8 @@ def typed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-@typed
-def file_path(text: str) -> Path:
-    """argparse's `type` of a file or folder: refuses what can't be a name of either."""
+def path_of(text: str) -> Path:
+    """A file or folder by name. ValueError for what can't be a name of either."""
     try:
         os.stat(text)
     except (OSError, ValueError) as error:
@@ -72,6 +72,9 @@ def file_path(text: str) -> Path:
             why = "it is too long" if isinstance(error, OSError) and text else "it is empty or has a NUL"
             raise ValueError(f"{text[:40]!r}{'...' * (len(text) > 40)} can't be a file's name: {why}") from None
     return Path(text)
+
+
+file_path = typed(path_of)                       # the `type` of flags for files and folders
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -156,6 +159,13 @@ def check_flags(*rows: tuple[str, bool, str]) -> None:
             raise InputError(f"{flag} must be {legal}")
 
 
+def refuse(*rows: tuple[Any, str]) -> None:
+    """InputError for the first row that applies. A row: does it apply, and what is wrong."""
+    for wrong, message in rows:
+        if wrong:
+            raise InputError(message)
+
+
 def check_writable(folder: Path) -> None:
     """InputError if files can't be written to the folder: called before hours of work, not after them."""
     try:
@@ -163,6 +173,15 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"can't write to {folder} ({error.strerror}); choose another --out") from None
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for results, if it isn't there. InputError if files can't be written to it: before work, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't write to {folder} ({error.strerror}); choose another --out") from None
+    check_writable(folder)
 
 
 @contextlib.contextmanager

@@ -1,47 +1,62 @@
 """Pictures as files: read safely, written with their settings, compared, and laid out as a sheet."""
+import contextlib
 import hashlib
 import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from command import InputError, replacing
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)    # Pillow's errors for bad pictures
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture's file, of which only the header is read yet. InputError for whatever Pillow can't read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)        # memory is checked elsewhere
+            with Image.open(path) as file:
+                yield file
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"can't read the picture {path} ({error})") from None
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width as it is displayed, each rounded to a multiple of 8."""
+    with opened(path) as file:
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        width, height = (max(round(side / 8) * 8, 8) for side in (file.size[::-1] if turned else file.size))
+        return height, width
 
 
 def open_picture(path: Path) -> Image.Image:
     """A picture as it is displayed: upright, in RGB, on white if it is transparent. InputError if it can't be read."""
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):                           # 16 bits of gray, which Pillow would clip
-                picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-            return picture.convert("RGB")
-    except UNREADABLE as error:
-        raise InputError(f"can't read the picture {path} ({error})") from None
+    with opened(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):                               # 16 bits of gray, which Pillow would clip
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        return picture.convert("RGB")
 
 
 def read_image(path: Path, height: int | None = None, width: int | None = None) -> Tensor:
-    """A picture as (1, 3, H, W) in [0, 1], resized to this size, or to its own rounded to multiples of 8."""
-    picture = open_picture(path)
-    width, height = (side or max(round(own / 8) * 8, 8) for side, own in zip((width, height), picture.size))
-    pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+    """A picture as (1, 3, H, W) in [0, 1], resized to this height and width; None: its own, see `picture_size`."""
+    own = picture_size(path)
+    picture = open_picture(path).resize((width or own[1], height or own[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
 def read_parameters(path: Path) -> str | None:
     """The settings in a PNG's text chunk "parameters"; None if there are none or the file can't be read."""
-    try:
-        with Image.open(path) as file:
-            return file.info.get("parameters")
-    except UNREADABLE:
-        return None
+    with contextlib.suppress(InputError), opened(path) as file:
+        return file.info.get("parameters")
+    return None
 
 
 def save_png(image: Tensor, path: Path, parameters: str) -> None:

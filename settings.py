@@ -18,6 +18,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from command import path_of
+
 Kinds = dict[str, type]                          # the dataclasses of a flag, by the word that the text begins with
 BOOL = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
@@ -39,11 +41,8 @@ def read(text: str, kinds: Kinds) -> Any:
         if name not in names or name in given:
             near = difflib.get_close_matches(part.partition("=")[0], names, n=1)
             raise ValueError(f"{part!r} is none of its settings (" + (f"did you mean {near[0]}?" if near else
-                             ", ".join(names)) + "); the prompt goes before this flag")
-        try:
-            given[name] = convert(value, hints[name], name)
-        except ValueError as error:
-            raise ValueError(f"{error}; the prompt goes before this flag" if not equals else str(error)) from None
+                             ", ".join(names)) + ")")
+        given[name] = convert(value, hints[name], name)
     lacking = [field.name for field in fields(kinds[kind]) if field.default is MISSING and field.name not in given]
     if lacking:
         raise ValueError(f"needs {lacking[0]}, such as {lacking[0]}=...")
@@ -75,7 +74,7 @@ def convert(text: str, hint: Any, name: str) -> Any:
     words = {str(word): word for word in get_args(hint)} if get_origin(hint) is Literal else \
         BOOL if hint is bool else {"none": None} if hint is NoneType else None
     try:
-        return words[text] if words is not None else hint.read(text) if hasattr(hint, "read") else hint(text)
+        return words[text] if words is not None else (path_of if hint is Path else getattr(hint, "read", hint))(text)
     except (KeyError, ValueError):
         raise ValueError(f"{name} must be {legal(hint)}, not {text!r}") from None
 

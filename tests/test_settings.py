@@ -3,6 +3,7 @@ import json
 import math
 import random
 import re
+import shlex
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -119,7 +120,7 @@ def test_every_wrong_part_of_a_text_is_named_in_one_sentence(name, kind):
         assert f"did you mean {field.name}?" in complaint(f"{field.name}_=1")
     assert "'strange=1' is none of its settings" in complaint("strange=1")
     if kind != "search":                                               # it may be the name of a reward
-        assert "'a red circle'" in complaint("a red circle") and "the prompt goes before" in complaint("a red circle")
+        assert "'a red circle'" in complaint("a red circle")
     for field in needed:
         assert f"needs {field}, such as {field}=..." in complaint(without=field)
 
@@ -153,15 +154,22 @@ def test_every_flag_of_the_last_release_ends_in_one_line_with_the_new_spelling(f
     parse_arguments(["--", flag])                                      # but a prompt may look like one
 
 
-def test_the_help_fits_a_screen_and_names_every_technique(command, monkeypatch):
+def test_the_help_fits_three_screens_and_names_every_technique_and_default(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     code, stdout, _ = command(main, "--help")
-    assert code == 0 and len(stdout.splitlines()) <= 100 and max(map(len, stdout.splitlines())) <= 100
+    lines = stdout.splitlines()
+    assert code == 0 and len(lines) <= 66 and max(map(len, lines)) <= 100
+    assert all(line.startswith("  python txt2img.py ") for line in lines[-3:]) and "-s, --steps STEPS " in stdout
+    assert all(text in " ".join(stdout.split()) for text in ("(default: 30)", "or 7.5)", "or ddim)", "models/tiny)"))
+    assert "(default: None)" not in stdout and "(default: False)" not in stdout
     for name, (_, kinds, _) in TECHNIQUES.items():
         code, said, _ = command(main, "--help-technique", name)
         assert code == 0 and f"--{name} " in stdout
         assert said == "".join(describe(kind, cls) + "\n" for kind, cls in kinds.items())
         assert max(map(len, said.splitlines())) <= 100
+    for example in lines[-3:]:
+        args = shlex.split(example)[2:]
+        assert parse_arguments([text.replace("models/sd15", "models/tiny") for text in args])
 
 
 # ---------------------------------------------------------------------------------------------------------- metadata
@@ -179,7 +187,7 @@ def settings_in(path: Path, title: str) -> str:
     ("cache", "faster,0:2,alpha=0.3"), ("cache", "inherit,mid:u0"), ("tgate", "2,compute"), ("tgate", "2"),
     ("masks", "random,0.1,window,fixed"), ("masks", "random,0.1,mode=expected"),
     ("freescale", "2,inf,restart=0.4,blur=official,fast"), ("freescale", "32x32:64x48,attention=local"),
-    ("highres", "scalecrafter,0.5:0.9"), ("highres", "hidiffusion"), ("highres", "demofusion,0.5")])
+    ("highres", "scalecrafter,0.5"), ("highres", "hidiffusion"), ("highres", "demofusion,0.5")])
 def test_what_a_picture_says_of_a_technique_makes_the_same_picture(name, text, narrow, tmp_path, command):
     out = tmp_path / "p.png"
 
