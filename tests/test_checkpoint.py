@@ -72,11 +72,13 @@ def pretended(name: str) -> type:
 
 
 @pytest.mark.parametrize("modern", [True, False])
-@pytest.mark.parametrize("function, name", [(open, "open"), (os.system, "system"), (exec, "exec"),
-                                            (subprocess.call, "call"), (torch.hub.load, "torch.hub.load")])
+@pytest.mark.parametrize("function, name", [
+    (open, "open"), (os.system, "system"), (exec, "exec"), (subprocess.call, "call"), (setattr, "setattr"),
+    (torch.hub.load, "torch.hub.load")])
 def test_code_in_a_pickle_is_named_and_not_run(tmp_path, modern, function, name):
     place = tmp_path / "ran"
-    arguments = {open: (str(place), "w"), exec: (f"open({str(place)!r}, 'w')",)}.get(function, (f"touch {place}",))
+    arguments = {open: (str(place), "w"), exec: (f"open({str(place)!r}, 'w')",), setattr: ({}, "a", 1)}
+    arguments = arguments.get(function, (f"touch {place}",))
     data = {"state_dict": {"a": torch.zeros(2)}, "callbacks": Evil(function, *arguments)}
     torch.save(data, tmp_path / "model.ckpt", _use_new_zipfile_serialization=modern)
     with pytest.raises(InputError, match=rf"holds code \(\S*{name}\), which was not run; get this model as .safetens"):

@@ -179,6 +179,20 @@ def test_what_is_not_used_is_named_and_the_summary_ends_with_the_sampler(tmp_pat
     check_folder(tmp_path / "out", "sd15", random_weights("sd15"))
 
 
+def test_absent_entries_have_the_defaults_of_the_peers_classes(tmp_path):
+    """Where these matter; a scheduler's are compared with diffusers' below."""
+    folder = configs(tmp_path, "sdxl")
+    for file, name in (("vae/config.json", "force_upcast"), ("text_encoder_2/config.json", "eos_token_id")):
+        data = json.loads((folder / file).read_text())
+        del data[name]
+        (folder / file).write_text(json.dumps(data))
+        if name == "force_upcast":
+            assert read(folder)[0].vae.force_upcast
+    with pytest.raises(InputError, match="eos_token_id is 49407, only 2 or 537 is supported"):
+        read(folder)
+    assert not read(configs(tmp_path / "sd15", "sd15"))[0].vae.force_upcast  # its pipelines never upcast
+
+
 def test_lists_of_equal_values_stand_for_the_value(tmp_path):
     lists = {"only_cross_attention": [False] * 4, "layers_per_block": [2] * 4, "cross_attention_dim": [16] * 4,
              "transformer_layers_per_block": [1] * 4, "sample_size": [64, 64]}

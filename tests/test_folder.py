@@ -36,7 +36,7 @@ def test_every_number_and_word_of_a_config_has_legal_values():
     ("schedule.betas", "cosine", "betas is 'cosine', not one of scaled_linear, linear"),
     ("vae.scaling", -1, "scaling is -1"), ("vae.scaling", None, "scaling can't be None"),
     ("vae.scaling", float("inf"), "scaling is inf"), ("text_encoder.pad", -1, "pad is -1"),
-    ("text_encoder.pad", 10**6, "pad is 1000000, but the vocabulary ends at 7"),
+    ("text_encoder.pad", 10**6, "pad is 1000000, but the vocabulary ends at 7"), ("text_encoder.pad", 8, "pad is 8"),
     ("unet.heads", [-4, 2], "heads is (-4, 2), not 1 to 1024, 1 to 8 of them"), ("unet.groups", -8, "groups is -8"),
     ("unet.layers", 2**31, "layers is 2147483648, not 1 to 64"), ("text_encoder.layers", 2**31, "layers is 2147483648"),
     ("unet.channels", [8] * 9, "1 to 8 of them"), ("unet.channels", [], "1 to 8 of them"), ("size", 0, "size is 0"),
