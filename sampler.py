@@ -227,7 +227,8 @@ class Run:
     """What is known when a run begins. From it, `settings.start(run)` makes the state of a technique for this run.
 
     acting: these states, by the name of their field in `Techniques`. A state's method at(calls, halves) returns the
-    value of that field for one call, or for several calls that are decoded in one batch.
+    value of that field for one call, or for several calls that are decoded in one batch; halves are the numbers of the
+    branches in it. Optional are halves(i, halves), the branches that call i needs, and alike(i, j), see below.
     """
     unet: Callable[..., Tensor]
     plan: Plan
@@ -236,7 +237,7 @@ class Run:
     init: Tensor | None
     branches: tuple[Condition, ...]            # the negative prompt and the prompt, or only the prompt
     generators: list[torch.Generator] | None
-    turns: frozenset[int]                      # calls that must not reuse anything older
+    turns: set[int] = field(default_factory=set)                       # calls that must not reuse anything older
     acting: dict[str, Any] = field(default_factory=dict)
     known: dict[tuple[int, ...], tuple] = field(default_factory=dict)  # see `inputs`
 
@@ -247,10 +248,11 @@ class Run:
         return self.unet
 
     def halves(self, i: int) -> tuple[int, ...]:
-        """The numbers of the branches that call i needs: both or, without guidance, only the prompt's (the last)."""
-        last = len(self.branches) - 1
-        guided = all(state.guided(i) for state in self.acting.values() if hasattr(state, "guided"))
-        return tuple(range(last + 1)) if guided else (last,)
+        """The numbers of the branches that call i needs: all, unless a technique drops one."""
+        halves = tuple(range(len(self.branches)))
+        for state in self.acting.values():
+            halves = state.halves(i, halves) if hasattr(state, "halves") else halves
+        return halves
 
     def on(self, calls: tuple[int, ...], halves: tuple[int, ...]) -> Techniques:
         """The techniques that act in the U-Net in one call of these branches, or in several calls in one batch."""
@@ -352,14 +354,13 @@ def begin(unet: Callable[..., Tensor], noise: Tensor, prompt: Condition, negativ
     for settings in techniques.values():
         if hasattr(settings, "first_step"):                            # FreeScale's later stages
             step = settings.first_step(plan.steps)
-    first, branches = plan.first_call(step), (prompt,) if negative is None or cfg_scale == 1 else (negative, prompt)
-    if first == plan.calls:
-        return Run(unet, plan, first, noise, init, branches, generators, frozenset())
-    size, ask = tuple(noise.shape[2:]), [settings for settings in techniques.values() if hasattr(settings, "turns")]
-    turns = [settings.turns(plan, first, size) for settings in ask]
-    run = Run(unet, plan, first, noise, init, branches, generators, frozenset({first}.union(*turns)))
-    for name, settings in techniques.items():
-        run.acting[name] = settings.start(run)
+    branches = (prompt,) if negative is None or cfg_scale == 1 else (negative, prompt)
+    run = Run(unet, plan, plan.first_call(step), noise, init, branches, generators)
+    if run.first < plan.calls:                                         # strength 0: there is no call
+        ask = [settings for settings in techniques.values() if hasattr(settings, "turns")]
+        run.turns.update({run.first}, *(settings.turns(plan, run.first, tuple(noise.shape[2:])) for settings in ask))
+        for name, settings in techniques.items():
+            run.acting[name] = settings.start(run)
     return run
 
 

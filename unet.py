@@ -62,7 +62,7 @@ class Techniques(NamedTuple):
     cache: "Cache | None" = None            # which units run, and the outputs reused for the others        cache.py
     freeu: "Meeting | None" = None          # factors on the backbone and the skip before they are joined   freeu.py
     skips: "Meeting | None" = None          # a factor per skip: Skip-Tuning, ScaleLong                     freeu.py
-    tgate: "Gate | None" = None             # whether cross-attention runs, or its last result is reused    cache.py
+    tgate: "tuple[Gate | None, Gate] | None" = None           # self- and cross-attention: is each reused?  cache.py
     attend: "Editor | None" = None          # replaces an attention, to change which tokens it attends to
     masks: "Weights | None" = None          # the weight of a linear layer in this pass                     maskunet.py
 
@@ -88,7 +88,7 @@ class Meeting(Protocol):
 
 
 class Gate(Protocol):
-    open: bool
+    open: bool                              # the attention runs; if not, output returns its last result
     def output(self, block: nn.Module, h: Tensor) -> Tensor: ...
 
 
@@ -251,19 +251,20 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | Tensor, grid: tuple[int, int],
                 on: Techniques = OFF) -> Tensor:
+        own, cross = on.tgate or (None, None)                          # T-GATE: reuses the last results at some steps
         h = self.norm1(x)
-        if on.freescale is not None:                                   # FreeScale: shapes by windows, detail globally
-            x = x + on.freescale(self.attn1, h, grid, on)
-        elif on.highres is not None:                                   # HiDiffusion: in shifted windows
-            x = x + on.highres(self.attn1, h, grid, on)
-        else:
-            x = x + self.attn1(h, self.attn1.keys_values(h, on), on)
-        if on.tgate is None or on.tgate.open:                          # T-GATE: later, the last result is reused
+        if own is None or own.open:
+            if on.freescale is not None:                               # FreeScale: shapes by windows, detail globally
+                h = on.freescale(self.attn1, h, grid, on)
+            elif on.highres is not None:                               # HiDiffusion: in shifted windows
+                h = on.highres(self.attn1, h, grid, on)
+            else:
+                h = self.attn1(h, self.attn1.keys_values(h, on), on)
+        x = x + (h if own is None else own.output(self, h))
+        if cross is None or cross.open:
             text = self.attn2.keys_values(text, on) if isinstance(text, Tensor) else text
             h = self.attn2(self.norm2(x), text, on)
-        if on.tgate is not None:
-            h = on.tgate.output(self, h)
-        x = x + h
+        x = x + (h if cross is None else cross.output(self, h))
         return x + self.ff(self.norm3(x))
 
 
@@ -358,7 +359,6 @@ class UNet(nn.Module):
 
         middle = SpatialTransformer(h, config.mid_depth, config.heads[-1], config)
         self.mid_block = Level([resnet(h, h), resnet(h, h)], [middle])
-
         self.up_blocks = nn.ModuleList()
         for i, c in reversed(list(enumerate(channels))):
             resnets = [resnet((h if j == 0 else c) + skips.pop(), c) for j in range(config.layers + 1)]
@@ -384,10 +384,7 @@ class UNet(nn.Module):
         return self.decode(h, skips, shifts, text, on)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile with these options: one graph each for the whole module, for `encode` and for `decode`.
-
-        (Parallel Faster Diffusion calls `encode` and `decode` itself.) Each is compiled when it is first called.
-        """
+        """torch.compile with these options for the module, and for the halves that parallel Faster Diffusion calls."""
         self.encode, self.decode = (torch.compile(half, **options) for half in (self.encode, self.decode))
         super().compile(**options)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freeu import PRESETS, FreeU, ScaleLong, SkipTuning, damp_low_frequencies, damp_mean, structure_gain
 from sampler import Condition, generate, plan
-from unet import CONFIGS, Techniques, UNet, UNetConfig
+from unet import CONFIGS, OFF, Techniques, UNet, UNetConfig
 
 # wider than the others', so that levels differ in their channels: the rule "channels" goes by them
 WIDE = UNetConfig(channels=(32, 64, 128, 128), depth=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_dim=16, groups=8)
@@ -94,33 +94,9 @@ def test_the_gain_of_every_wave_shows_the_lopsided_window():
         assert (damp_low_frequencies(wave, 0.2) - gain * wave).abs().max() < 3e-6
 
 
-def test_an_impulse_gives_the_window_itself():
-    delta = torch.zeros(1, 1, 8, 8)
-    delta[..., 0, 0] = 1
-    a, b = torch.meshgrid(*[torch.arange(8.) * 2 * math.pi / 8] * 2, indexing="ij")
-    want = delta - 0.8 / 64 * (1 + a.cos() + b.cos() + (a + b).cos())
-    assert (damp_low_frequencies(delta, 0.2) - want).abs().max() < 1e-7
-
-
-def test_symmetries_hold_and_the_mirror_does_not():
-    x = randn(1, 2, 16, 16)
-    f = lambda x: damp_low_frequencies(x, 0.2)
-    for same in (lambda x: x.mT, lambda x: x.flip(-1, -2), lambda x: x.roll((3, 5), (-2, -1))):
-        assert (f(same(x)) - same(f(x))).abs().max() < 1e-6
-    assert (f(x.flip(-1)) - f(x).flip(-1)).abs().max() > 0.05
-    assert torch.allclose(damp_mean(x.flip(-1), 0.2), damp_mean(x, 0.2).flip(-1), atol=1e-6)     # the "dc" window
-
-
-def test_the_filter_is_linear_self_adjoint_and_differentiable():
-    a, b = randn(1, 2, 7, 5, dtype=torch.float64), randn(1, 2, 7, 5, seed=1, dtype=torch.float64)
-    f = lambda x: damp_low_frequencies(x, 0.2)
-    assert abs((f(a) * b).sum() - (a * f(b)).sum()) < 1e-12
-    assert (f(2 * a + 3 * b) - 2 * f(a) - 3 * f(b)).abs().max() < 1e-12
-    x = a.clone().requires_grad_()
-    (b * f(x)).sum().backward()
-    assert (x.grad - f(b)).abs().max() < 1e-12
-    assert torch.autograd.gradcheck(lambda x, k: FreeU(1.3, 1.4, 0.9, 0.2, rule="level")(x, k, 0, WIDE),
-                                    (randn(2, 4, 3, 4, dtype=torch.float64).requires_grad_(), b.requires_grad_()))
+def test_the_filter_and_the_gain_are_differentiable():
+    h, skip = (randn(2, c, *size, dtype=torch.float64).requires_grad_() for c, size in ((4, (3, 4)), (2, (7, 5))))
+    assert torch.autograd.gradcheck(lambda h, k: FreeU(1.3, 1.4, 0.9, 0.2, rule="level")(h, k, 0, WIDE), (h, skip))
 
 
 # ------------------------------------------------------------------------------------------------------ the backbone
@@ -211,7 +187,7 @@ def test_every_factor_acts_and_zero_is_a_factor(unet, factors):
     assert not torch.allclose(unet(*inputs(), on=on), unet(*inputs()), atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (96, 64)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (24, 16)])
 def test_a_batch_with_guidance_equals_two_passes_at_any_size(unet, size):
     x, t, context = inputs(*size)
     on = Techniques(freeu=FreeU(1.5, 1.6, 0.9, 0.2))
@@ -235,22 +211,34 @@ def test_the_whole_unet_equals_diffusers_with_its_own_rule(unet):
 
 # -------------------------------------------------------------------------------------------- time, and skip scaling
 
-def test_the_two_gates_open_and_close_by_the_fraction_of_the_steps():
-    f = FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0, 0.6), skip=(0.4, 1))
-    assert f.at(0.0) == replace(f, s1=1.0, s2=1.0) and f.at(0.5) == f and f.at(0.6) == replace(f, b1=1.0, b2=1.0)
-    assert FreeU(1.5, 1.6, 1, 1, backbone=(0.5, 1)).at(0.2) is None
+def test_each_gate_opens_with_its_first_fraction_of_the_steps_and_closes_with_its_second():
+    f = FreeU(1.5, 1.6, 0.9, 0.2, window="dc", backbone=(0, 0.6), skip=(0.4, 0.8))
+    for fraction, b, s in ((0, True, False), (0.4, True, True), (0.59, True, True), (0.6, False, True),
+                           (0.79, False, True)):
+        now = f.at(fraction)
+        assert (now.b1, now.b2) == ((1.5, 1.6) if b else (1, 1)) and (now.s1, now.s2) == ((0.9, 0.2) if s else (1, 1))
+    assert f.at(0.8) is NEUTRAL.at(0.5) is FreeU(1.5, 1.6, 1, 1, backbone=(0.5, 1)).at(0.2) is None
+    for skips in (SkipTuning(0.8, steps=(0.25, 0.5)), ScaleLong(0.8, steps=(0.25, 0.5))):
+        assert [skips.at(fraction) for fraction in (0, 0.25, 0.49, 0.5)] == [None, skips, skips, None]
 
 
 @pytest.mark.parametrize("technique", [
-    dict(freeu=FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0.5, 1), skip=(0.5, 1))),
-    dict(skips=SkipTuning(0.8, steps=(0.5, 1))), dict(skips=ScaleLong(0.9, steps=(0.5, 1)))], ids=str)
-@pytest.mark.parametrize("sampler,first", [("ddim", 2), ("heun", 4)])
-def test_steps_outside_the_gates_are_bit_equal_to_the_plain_loop(unet, technique, sampler, first):
-    def run(**techniques):
-        said = Condition(randn(1, 5, 16, seed=1))
-        return [x for _, x in generate(unet, randn(1, 4, 8, 8), said, None, plan(sampler, 4), **techniques)]
-    plain, late = run(), run(**technique)
-    assert torch.equal(plain[first - 1], late[first - 1]) and not torch.equal(plain[first], late[first])
+    dict(freeu=FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0.25, 0.5), skip=(0.25, 0.5))),
+    dict(skips=SkipTuning(0.8, steps=(0.25, 0.5))), dict(skips=ScaleLong(0.9, steps=(0.25, 0.5)))], ids=str)
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_only_the_steps_within_the_gates_differ_from_the_plain_network(unet, technique, sampler):
+    seen, p = [], plan(sampler, 4)
+
+    class Watched:
+        """The U-Net, in each call compared with itself without techniques."""
+        units, embed_schedule, embed_text = unet.units, unet.embed_schedule, unet.embed_text
+
+        def __call__(self, *given, on=OFF):
+            out = unet(*given, on=on)
+            seen.append(torch.equal(out, unet(*given)))
+            return out
+    list(generate(Watched(), randn(1, 4, 8, 8), Condition(randn(1, 5, 16, seed=1)), None, p, **technique))
+    assert seen == [p.step(i) != 1 for i in range(p.calls)]
 
 
 def test_skips_have_factors_by_depth():
@@ -274,22 +262,40 @@ def test_skip_scaling_leaves_the_backbone_alone_and_comes_after_freeu(unet):
     (FreeU, dict(b1=-1), "b1"), (FreeU, dict(s2=11), "s2"), (FreeU, dict(b2="high"), "b2"),
     (FreeU, dict(b1=math.nan), "b1"), (FreeU, dict(version=3), "1 or 2"), (FreeU, dict(rule="block"), "channels or"),
     (FreeU, dict(window="disc"), "2x2 or dc"), (FreeU, dict(threshold=0), "threshold"),
-    (FreeU, dict(backbone=(0.5, 0.2)), "backbone gate"), (FreeU, dict(skip=(0, 1.5)), "skip gate"),
-    (SkipTuning, dict(bottom=-1), "Skip-Tuning's factor"), (SkipTuning, dict(bottom=1, top=11), "Skip-Tuning's factor"),
-    (SkipTuning, dict(bottom=1, steps=(1, 0)), "Skip-Tuning's steps"), (ScaleLong, dict(kappa=math.nan), "kappa"),
+    (FreeU, dict(backbone=(0.5, 0.2)), "backbone must lie"), (FreeU, dict(skip=(0, 1.5)), "skip must lie"),
+    (FreeU, dict(b1=1, b2=1, backbone=(0, 0.5)), "backbone does nothing with b1 = b2 = 1"),
+    *[(FreeU, dict(s1=1, s2=1) | idle, f"{name} does nothing with s1 = s2 = 1")
+      for idle in (dict(window="dc"), dict(threshold=2), dict(skip=(0, 0.5))) for name in idle],
+    (FreeU, dict(window="dc", threshold=2), "threshold does nothing with window=dc"),
+    (SkipTuning, dict(bottom=-1), "SkipTuning's bottom"), (SkipTuning, dict(bottom=1, top=11), "SkipTuning's top"),
+    (SkipTuning, dict(bottom=1, steps=(1, 0)), "SkipTuning's steps"), (ScaleLong, dict(kappa=math.nan), "kappa"),
     (ScaleLong, dict(kappa=1, steps=(0, 2)), "ScaleLong's steps")])
-def test_bad_settings_are_named(kind, settings, words):
+def test_bad_and_idle_settings_are_named(kind, settings, words):
     with pytest.raises(ValueError, match=words):
         kind(**settings)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("settings", [FreeU(1.5, 1.6, 0.9, 0.2, skip=(0.95, 1)), ScaleLong(0.9, steps=(0.12, 0.18)),
+                                      FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0.31, 0.39)), SkipTuning(0.9, 1, (0.95, 1))])
+def test_a_gate_that_is_closed_in_every_step_of_a_run_is_refused(settings):
+    settings.check(WIDE, 50)
+    with pytest.raises(ValueError, match="has none of the run's 10 steps"):
+        settings.check(WIDE, 10)
+
+
+# version 2: the README of 2023-10-18; version 1: the README of 2023-09-22, and for SDXL the community's sweep
+PUBLISHED = {2: {"sd15": (1.5, 1.6, 0.9, 0.2), "sd21": (1.4, 1.6, 0.9, 0.2), "sdxl": (1.3, 1.4, 0.9, 0.2)},
+             1: {"sd15": (1.2, 1.4, 0.9, 0.2), "sd21": (1.1, 1.2, 0.9, 0.2), "sdxl": (1.1, 1.2, 0.6, 0.4)}}
+
+
+@pytest.mark.parametrize("version", PUBLISHED)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_factors_that_are_not_given_are_the_published_ones_of_the_family(family, version):
-    sd = SimpleNamespace(config=SimpleNamespace(family=family))
-    assert FreeU(version=version).bind(sd) == FreeU(*PRESETS[version][family], version=version)
+    sd, published = SimpleNamespace(config=SimpleNamespace(family=family)), PRESETS[version][family]
+    assert published == PUBLISHED[version].get(family, published)
+    assert FreeU(version=version).bind(sd) == FreeU(*published, version=version)
     some = FreeU(b2=0.0, s1=1, version=version).bind(sd)
-    assert (some.b2, some.s1) == (0, 1) and some.b1 == PRESETS[version][family][0]
+    assert (some.b2, some.s1) == (0, 1) and (some.b1, some.s2) == (published[0], published[3])
 
 
 def test_a_run_without_a_family_needs_all_factors(unet):
