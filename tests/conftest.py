@@ -2,7 +2,9 @@
 
     from conftest import NARROW, UNETS, randn        # values and functions; fixtures come by the names of arguments
 """
+import functools
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -19,8 +22,8 @@ import convert_weights
 from clip_text import TextConfig, TextEncoder
 from command import run_command
 from folder import TINY, ModelConfig, read_config, write_config
-from sampler import NoiseSchedule
-from unet import UNet, UNetConfig
+from sampler import Condition, NoiseSchedule
+from unet import UNet, UNetConfig, sinusoid
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +61,37 @@ def digest(*modules: nn.Module) -> str:
 
 
 UNETS = {config: make(UNet, config) for config in (NARROW, XL)}
+
+
+# -------------------------------------------------------------------- outputs of the official codes for large pictures
+
+BASELINES = safe_open(DATA / "baselines.safetensors", framework="pt")
+baseline = BASELINES.get_tensor
+
+
+def official(kind: Callable[[Any], nn.Module], name: str) -> nn.Module:
+    """The narrow model behind the official outputs: UNet "sd15.unet", "sd21.unet" or "sdxl.unet", or VAE "vae"."""
+    config = json.loads(BASELINES.metadata()[f"{name.removesuffix('.unet')}.config"])
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    model = kind((UNetConfig if kind is UNet else VAEConfig)(**config)).requires_grad_(False)
+    model.load_state_dict({key.removeprefix(f"{name}."): baseline(key).float() for key in BASELINES.keys()
+                           if key.startswith(f"{name}.")})
+    return model
+
+
+@functools.cache
+def official_run(family: str) -> tuple[UNet, Condition, Condition]:
+    """That U-Net, its prompt and its negative prompt."""
+    said = []
+    for text, pooled in (("context", "pooled"), ("negative", "negative_pooled")):
+        sizes = [baseline(f"sdxl.{pooled}"), sinusoid(baseline("sdxl.time_ids")[0], 32).flatten()[None]]
+        said += [Condition(baseline(f"{family}.{text}"), torch.cat(sizes, dim=1) if family == "sdxl" else None)]
+    return official(UNet, f"{family}.unet"), *said
+
+
+def rms(a: Tensor, b: Tensor) -> float:
+    """How far a is from b, relative to b."""
+    return ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
 
 
 # ------------------------------------------------------------------------------------------------------- model folders
