@@ -80,9 +80,10 @@ file_path = typed(path_of)                       # the `type` of flags for files
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main(). Wrong input: one line on stderr and exit code 2; Ctrl-C: exit code 130."""
     reuse_memory()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):       # None is one that was closed
-            stream.reconfigure(errors="backslashreplace")              # names and prompts can have any character
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                                 # closed by who started the command
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")      # names and prompts can have any character
     try:
         main()
         print(end="", flush=True)
