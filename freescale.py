@@ -112,8 +112,12 @@ class FreeScale:
                 ("native", self.native is None or self.native >= 1, "a side of latents, 1 or more")):
             if not fits:
                 raise ValueError(f"FreeScale's {name} is {words}, not {getattr(self, name)!r}")
-        if self.outside != FreeScale.outside and self.detail_map is None:
-            raise ValueError("FreeScale's outside does nothing without detail_map")
+        for name, idle, where in (("outside", self.detail_map is None, "without detail_map"),
+                                  ("blur", self.attention != "fused", f"with attention={self.attention}"),
+                                  ("fast", self.attention == "local", "with attention=local"),
+                                  ("dilate_from", self.dilate == 0, "with dilate=0")):
+            if idle and getattr(self, name) != getattr(FreeScale, name):
+                raise ValueError(f"FreeScale's {name} does nothing {where}")
 
     def fit(self, native: int, height: int, width: int) -> "FreeScale":
         """These settings with the sizes of all stages and the latent side of the training pictures filled in.

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, NARROW, UNETS, XL, make, randn, seeded
+from conftest import DATA, NARROW, UNETS, XL, baseline, make, official, official_run, randn, rms, seeded, still_windows
 from PIL import Image
 from safetensors import safe_open
 
+import freescale
 from cache import DeepCache, FasterDiffusion
-from folder import TINY
+from clip_text import TextConfig
+from folder import TINY, ModelConfig
 from freescale import FreeScale, Scale, Stage, attend_parts, attend_windows, fuse, gaussian, place_windows, smooth
 from freeu import FreeU
 from sampler import SAMPLERS, Condition, NoiseSchedule, generate, plan
 from stable_diffusion import StableDiffusion
-from unet import CONFIGS, OFF, Attention, Techniques, TransformerBlock, UNet, UNetConfig
+from unet import OFF, Attention, Techniques, TransformerBlock, UNet, UNetConfig
+from vae import VAE
 
 NATIVE = 8                                          # latent side that stands for the training size in most tests here
 GOLDEN = safe_open(DATA / "freescale.safetensors", framework="pt")
@@ -33,7 +36,7 @@ def settings(height: int = 16, width: int = 16, **more) -> FreeScale:
                      else ((8 * height, 8 * width),), native=NATIVE, **more)
 
 
-def run(freescale: FreeScale | None, height: int = 16, width: int = 16, batch: int = 1, config: UNetConfig = NARROW,
+def run(free: FreeScale | None, height: int = 16, width: int = 16, batch: int = 1, config: UNetConfig = NARROW,
         steps: int = 4, sampler: str = "ddim", schedule: NoiseSchedule | None = None, **more) -> list[torch.Tensor]:
     """A second stage by `generate`, from a random picture: the latents of every call."""
     noise, init, context, other = (randn(3, *shape, seed=k)[:batch] for k, shape in enumerate(
@@ -41,25 +44,21 @@ def run(freescale: FreeScale | None, height: int = 16, width: int = 16, batch: i
     added = randn(3, config.add_dim, seed=3)[:batch] if config.add_dim else None
     more = {"generators": seeded(*range(batch)), "init": init, **more}
     return [x for _, x in generate(UNETS[config], noise, Condition(context, added), Condition(other, added),
-                                   plan(sampler, steps, schedule or NoiseSchedule()), freescale=freescale, **more)]
+                                   plan(sampler, steps, schedule or NoiseSchedule()), freescale=free, **more)]
 
 
-def stage(freescale: FreeScale, height: int = 16, width: int = 16, steps: int = 10, config: UNetConfig = NARROW,
+def stage(free: FreeScale, height: int = 16, width: int = 16, steps: int = 10, config: UNetConfig = NARROW,
           **more) -> Stage:
     """The state of a stage with this noise and init."""
     given = dict(unet=UNETS[config], plan=plan("ddim", steps), noise=randn(1, 4, height, width, seed=1),
                  init=randn(1, 4, height, width), generators=seeded(0))
-    given |= {"first": freescale.first_step(steps), **more}
-    return freescale.start(types.SimpleNamespace(**given))
+    given |= {"first": free.first_step(steps), **more}
+    return free.start(types.SimpleNamespace(**given))
 
 
 def scale_at(size: tuple[int, int], **more) -> Scale:
     """What acts at the first call of a stage of latents of this size."""
     return stage(settings(*size, **more), *size).at((0,), (0,))
-
-
-def rms(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
 
 
 # --------------------------------------------------------------------------------------------------- official outputs
@@ -94,19 +93,18 @@ def test_the_blur_equals_the_official_one(size):
     assert (smooth(golden("blur.x"), gaussian(size), dims=(1, 2, 3)) - golden(f"blur.k{size}")).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1, 2, 3])
-def test_the_factor_of_the_detail_control_equals_the_official_one(alpha):
-    got = [factor(alpha, t) for t in golden("cos.t").tolist()]
-    assert (torch.tensor(got) - golden(f"cos.c_a{float(alpha)}")).abs().max() < 1e-6
-
-
-def test_dilated_convolutions_are_those_of_torch():
-    for stride in (1, 2):
-        conv = torch.nn.Conv2d(4, 4, 3, stride, padding=1).requires_grad_(False)
-        conv.load_state_dict({"weight": golden("conv.w"), "bias": golden("conv.b")})
-        for d in (1, 2, 4):
-            got = dilate(conv, golden("conv.x"), (d, d))
-            assert (got - golden(f"conv.d{d}_s{stride}")).abs().max() < 2e-6
+@pytest.mark.parametrize("case,more", [("plain", {}), ("freeu_fast", {"fast": True})])
+def test_the_cascade_equals_the_official_one(case, more, monkeypatch):
+    unet, prompt, negative = official_run("sdxl")
+    vae = official(VAE, "vae")
+    monkeypatch.setattr(freescale, "place_windows", still_windows)
+    sd = StableDiffusion(ModelConfig("sdxl", "epsilon", 256, NoiseSchedule(), unet.config, vae.config, TextConfig()),
+                         None, [], unet, vae)
+    monkeypatch.setattr(sd, "conditions", lambda prompted, *_: prompt if prompted == "a" else negative)
+    freeu = FreeU(1.1, 1.2, 0.6, 0.4, version=1) if "freeu" in case else None
+    out = sd.sample("a", "b", steps=10, sampler="euler", spacing="leading", seed=5, cfg_scale=7.5, freeu=freeu,
+                    freescale=FreeScale(2, blur="official", **more))
+    assert rms(out, baseline(f"freescale.{case}.stage1")) < 2e-5
 
 
 # -------------------------------------------------------------------------------------------------------- scale fusion
@@ -131,21 +129,13 @@ def test_a_blur_that_blurs_nothing_leaves_local_attention_and_one_that_is_zero_l
     assert rms(local, whole) > 0.01
 
 
-def test_a_blur_that_keeps_the_mean_alone_adds_the_means_difference():
-    a, x, grid, *rest = parts_of()
-    local, whole = (fuse(a, x, grid, *rest, gaussian(1), kind=kind) for kind in ("local", "global"))
-    flat = torch.full((31,), 1 / 16)                                   # taps that reach from any token to any other
-    want = whole + (local - whole).mean(dim=1, keepdim=True)
-    assert (fuse(a, x, grid, *rest, flat) - want).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize("blur", ["spatial", "official"])
 def test_one_window_that_covers_the_map_is_plain_attention(blur):
     a, x, grid, *_ = parts_of()
     starts = place_windows(grid, grid, torch.zeros(len(x), dtype=torch.long))
     assert (fuse(a, x, grid, grid, starts, gaussian(7), blur) - a(x, a.keys_values(x))).abs().max() < 1e-12
-    x = randn(1, NATIVE ** 2, 16, dtype=torch.float64)
-    assert torch.equal(scale_at((NATIVE, NATIVE))(a, x, (NATIVE, NATIVE)), a(x, a.keys_values(x)))
+    x = randn(2, 4, NATIVE, NATIVE)
+    assert torch.equal(predict(x, freescale=scale_at((NATIVE, NATIVE), blur=blur)), predict(x))
 
 
 VALUES = types.SimpleNamespace(split=lambda x: x, attend=lambda q, k, v, *_: v)        # "attention" that returns values
@@ -186,52 +176,6 @@ def test_a_maps_level_is_known_by_its_size_however_halves_are_rounded(native):
             grid = (grid + 1) // 2
 
 
-def test_uniform_attention_gives_means_of_windows():
-    a, x, grid, window, _ = parts_of(rows=1)
-    a.to_q.weight.zero_()
-    starts = torch.tensor([[[i, j] for i in (1, 5, 9) for j in (1, 5, 9)]])        # on the map itself: the padding is 1
-    v = a.to_v(x).unflatten(1, grid)[0]
-    want, count = torch.zeros_like(v), torch.zeros(*grid, 1)
-    for i, j in (starts[0] - 1).tolist():
-        want[i:i + 8, j:j + 8] += v[i:i + 8, j:j + 8].mean((0, 1))
-        count[i:i + 8, j:j + 8] += 1
-    got = fuse(a, x, grid, window, starts, gaussian(1), kind="local")
-    assert (got - a.to_out[0]((want / count).flatten(0, 1))).abs().max() < 1e-12
-
-
-def test_queries_keys_values_and_output_once_equal_every_window_by_itself():
-    a, x, grid, window, starts = parts_of()
-    padded = F.pad(x.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
-    want, count = torch.zeros_like(padded), torch.zeros(*padded.shape[:3], 1)
-    for row in range(len(x)):
-        for i, j in starts[row].tolist():
-            h = padded[row:row + 1, i:i + 8, j:j + 8].flatten(1, 2)
-            want[row, i:i + 8, j:j + 8] += a(h, a.keys_values(h)).unflatten(1, window)[0]
-            count[row, i:i + 8, j:j + 8] += 1
-    want = (want / count)[:, 1:-1, 1:-1].flatten(1, 2)
-    assert (fuse(a, x, grid, window, starts, gaussian(1), kind="local") - want).abs().max() < 1e-12
-
-
-def test_one_blur_of_the_difference_is_two_blurs_and_separate_axes_are_one_kernel():
-    local, whole = randn(1, 9, 7, 6, dtype=torch.float64), randn(1, 9, 7, 6, seed=1, dtype=torch.float64)
-    for k in (3, 7, 15):
-        taps = gaussian(k)
-        blurred, blurred_whole, difference = (smooth(x, taps, (1, 2, 3)) for x in (local, whole, local - whole))
-        assert (blurred + whole - blurred_whole - (whole + difference)).abs().max() < 1e-12
-        kernel = torch.tensor(taps, dtype=torch.float64)
-        kernel = kernel[:, None, None] * kernel[:, None] * kernel
-        want = F.conv3d(local[:, None], kernel[None, None], padding=k // 2)[:, 0]
-        assert (blurred - want).abs().max() < 1e-12
-
-
-def test_the_official_blur_leaks_into_neighbouring_channels_and_the_spatial_one_does_not():
-    impulse = torch.zeros(1, 5, 5, 5)
-    impulse[0, 2, 2, 2] = 1
-    official, spatial = (smooth(impulse, gaussian(3), dims)[0, 2, 2].tolist() for dims in ((1, 2, 3), (1, 2)))
-    assert official == pytest.approx([0, .0560, .0923, .0560, 0], abs=5e-5)
-    assert [spatial[c] for c in (0, 1, 3, 4)] == [0] * 4 and spatial[2] == pytest.approx(gaussian(3)[1] ** 2)
-
-
 def test_the_output_projection_may_follow_the_spatial_blur():
     a, x, grid, window, starts = parts_of()
     local, whole = (fuse(a, x, grid, window, starts, gaussian(1), kind=kind).unflatten(1, grid)
@@ -246,15 +190,6 @@ def test_interleaved_parts_are_a_permutation_and_one_part_is_all_of_it():
         v = randn(2, *grid, 3)
         for parts in ((1, 1), (2, 2), (2, 3)):
             assert torch.equal(attend_parts(VALUES, v, v, v, parts), v)
-    a, x, grid, *_ = parts_of()
-    q, k, v = (p(x).unflatten(1, grid) for p in (a.to_q, a.to_k, a.to_v))
-    assert (a.to_out[0](attend_parts(a, q, k, v, (1, 1))).flatten(1, 2) - a(x, a.keys_values(x))).abs().max() < 1e-12
-    part = slice(None), slice(1, None, 2), slice(0, None, 2)
-    h = x.unflatten(1, grid)[part].flatten(1, 2)
-    assert (a.to_out[0](attend_parts(a, q, k, v, (2, 2)))[part].flatten(1, 2) -
-            a(h, a.keys_values(h))).abs().max() < 1e-12
-
-
 # ----------------------------------------------------------------------------------------------- dilated convolutions
 
 def dilate(conv: torch.nn.Conv2d, x: torch.Tensor, d: tuple[int, int]) -> torch.Tensor:
@@ -286,27 +221,22 @@ SD_LAYERS = [f"down_blocks.{level}.{layer}" for level, layers in (
     (2, [f"resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)] + ["downsamplers.0.conv"]),
     (3, [f"resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)])) for layer in layers]
 MIDDLE = [f"mid_block.resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]
-RESTRAINED = {("sdxl", 2): [n for n in SD_LAYERS if "blocks.3" not in n and n != "down_blocks.2.downsamplers.0.conv"],
-              ("sd15", 2): SD_LAYERS, ("sd21", 2): SD_LAYERS, ("tiny", 2): SD_LAYERS,
-              ("sd15", 3): [n for n in SD_LAYERS if "blocks.3" in n or n == "down_blocks.2.downsamplers.0.conv"]}
+RESTRAINED = [(XL, 2, [n for n in SD_LAYERS if "blocks.3" not in n and n != "down_blocks.2.downsamplers.0.conv"]),
+              (NARROW, 2, SD_LAYERS),
+              (NARROW, 3, [n for n in SD_LAYERS if "blocks.3" in n or n == "down_blocks.2.downsamplers.0.conv"])]
 
 
-@pytest.mark.parametrize("family,level", RESTRAINED)
-def test_exactly_the_published_layers_are_dilated_along_each_axis_by_its_own_factor(family, level, monkeypatch):
-    c, seen, free = CONFIGS[family], [], FreeScale(((64, 64),), native=8, attention="global", dilate_from=level)
-    convolve, scale = Scale.convolve, Scale(free, (32, 16), True, torch.zeros(1, 1), {}, c)
-    with torch.device("meta"):
-        unet = UNet(c)
-        names = {conv: name for name, conv in unet.named_modules()}
+@pytest.mark.parametrize("config,level,layers", RESTRAINED, ids=["sdxl", "sd", "sd-3"])
+def test_exactly_the_published_layers_are_dilated_along_each_axis_by_its_own_factor(config, level, layers, monkeypatch):
+    seen, convolve, unet = [], Scale.convolve, UNETS[config]
+    names = {conv: name for name, conv in unet.named_modules()}
 
-        def noting(self, conv, x, unit):
-            seen.extend([(names[conv], self.dilation(unit))] * (self.dilation(unit) is not None))
-            return convolve(self, conv, x, unit)
-        monkeypatch.setattr(Scale, "convolve", noting)
-        unet(torch.empty(1, 4, 32, 16), torch.empty(1), torch.empty(1, 5, c.context_dim),
-             torch.empty(1, c.add_dim) if c.add_dim else None, Techniques(freescale=scale))
-    assert [name for name, _ in seen] == RESTRAINED[family, level] + MIDDLE
-    assert {dilation for _, dilation in seen} == {(4, 2)}
+    def noting(self, conv, x, unit):
+        seen.extend([(names[conv], self.dilation(unit))] * (self.dilation(unit) is not None))
+        return convolve(self, conv, x, unit)
+    monkeypatch.setattr(Scale, "convolve", noting)
+    run(replace(settings(32, 16, attention="global"), dilate_from=level), 32, 16, config=config, steps=1)
+    assert seen == [(name, (4, 2)) for name in layers + MIDDLE]
 
 
 # -------------------------------------------------------------------------------------------------------- the cascade
@@ -319,12 +249,12 @@ def factor(alpha: float, t: float) -> float:
                  noise=zero).mix(1, zero).item()
 
 
-def test_the_detail_factor_falls_from_1_to_0_and_is_a_half_to_the_alpha_in_the_middle():
-    for alpha in (0.5, 1.0, 2.0, 3.0):
-        c = [factor(alpha, t) for t in range(1000, -1, -50)]
-        assert c[0] == 1 and c[-1] == 0 and c[10] == pytest.approx(2 ** -alpha) and c == sorted(c, reverse=True)
-    assert {factor(0.0, t) for t in (1, 500, 1000)} == {1.0}
-    assert {factor(math.inf, t) for t in (0, 1, 500, 999)} == {0.0}
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3.0])
+def test_the_factor_of_the_detail_control_equals_the_official_one(alpha):
+    got = [factor(alpha, t) for t in golden("cos.t").tolist()]
+    assert (torch.tensor(got) - golden(f"cos.c_a{alpha}")).abs().max() < 1e-6
+    assert [factor(alpha, t) for t in (1000, 500, 0)] == [1, pytest.approx(2 ** -alpha), 0]
+    assert factor(0.0, 1) == 1 and factor(math.inf, 999) == 0
 
 
 def test_at_the_restart_mixing_changes_nothing():
@@ -339,33 +269,11 @@ def test_at_the_restart_mixing_changes_nothing():
             ((0.29, 100), (0.3, 10), (0.5, 4), (0.0, 5), (0.7, 10))] == [29, 3, 2, 0, 7]
 
 
-def redraw(model, init: torch.Tensor, noise: torch.Tensor, freescale: FreeScale, calls) -> torch.Tensor:
+def redraw(model, init: torch.Tensor, noise: torch.Tensor, free: FreeScale, calls) -> torch.Tensor:
     """The last latents of a second stage without guidance, with a function in the U-Net's place."""
     *_, (_, x) = generate(model, noise, Condition(CONTEXT.context.to(noise)), None, calls, init=init,
-                          freescale=freescale, generators=seeded(0))
+                          freescale=free, generators=seeded(0))
     return x
-
-
-def test_the_restart_has_the_law_of_the_forward_process():
-    seen = []
-    redraw(lambda x, *_: seen.append(x) or x, torch.full((1, 4, 64, 64), 3.0), randn(1, 4, 64, 64), settings(64, 64),
-           plan("ddim", 50))
-    a = plan("ddim", 50).now[15]
-    assert seen[0].mean().item() == pytest.approx(3 * math.sqrt(a), abs=0.03)
-    assert seen[0].var().item() == pytest.approx(1 - a, rel=0.05) and len(seen) == 35
-
-
-def test_variance_preserving_and_exploding_coordinates_give_the_same_run():
-    init, noise = randn(1, 4, 8, 8, dtype=torch.float64), randn(1, 4, 8, 8, seed=1, dtype=torch.float64)
-    model, p = lambda x, t, *_: torch.sin(x) * (1 + t.double() / 1000), plan("euler", 50, spacing="leading")
-    sigma = [math.sqrt((1 - a) / a) for a in (*p.now, 1.0)]
-    x = init + sigma[15] * noise
-    for i in range(15, 50):                                            # Euler on x / sqrt(alpha), mixing included
-        c = ((1 + math.cos(math.pi * (1000 - p.times[i]) / 1000)) / 2) ** 2
-        x = (1 - c) * x + c * (init + sigma[i] * noise)
-        eps = model(x / math.sqrt(1 + sigma[i] ** 2), torch.tensor(p.times[i]))
-        x = x + (sigma[i + 1] - sigma[i]) * eps
-    assert (redraw(model, init, noise, settings(8, 8), p) - x).abs().max() < 1e-12
 
 
 def test_detail_0_repeats_the_picture_up_to_the_last_step():
@@ -378,9 +286,9 @@ def test_detail_0_repeats_the_picture_up_to_the_last_step():
 def test_a_second_stage_of_the_training_size_is_img2img():
     free = settings(NATIVE, NATIVE, detail=math.inf)
     for sampler in SAMPLERS:
-        a, b = (run(f, NATIVE, NATIVE, steps=10, strength=0.7, sampler=sampler) for f in (free, None))
+        a, b = (run(f, NATIVE, NATIVE, steps=4, strength=0.75, sampler=sampler) for f in (free, None))
         if sampler != "euler-a":                         # whose noise is drawn after the windows' seeds
-            assert len(a) == len(b) >= 7 and all(torch.equal(x, y) for x, y in zip(a, b))
+            assert len(a) == len(b) >= 3 and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 @pytest.fixture(scope="module")
@@ -463,6 +371,7 @@ def test_a_map_of_detail_must_be_a_gray_picture_of_a_stages_size(tmp_path):
             FreeScale(2, detail_map=path).fit(8, 64, 64)
     full = FreeScale(2, detail_map=draw_map(tmp_path / "map.png")).fit(8, 64, 64)
     assert full.resolutions == ((64, 64), (128, 128)) and full.native == 8
+    assert FreeScale([[64, 64], [64, 72]]).resolutions == ((64, 64), (64, 72))
 
 
 # -------------------------------------------------------------------------------------------------------- composition
@@ -472,10 +381,8 @@ CACHES = [DeepCache(2, 2), FasterDiffusion(2, alpha=0.0), FasterDiffusion(2, alp
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
-def test_every_sampler_and_family_runs_with_fusion_that_acts(sampler, config):
-    free = settings(12, 20)
-    with_it, without = (run(f, 12, 20, config=config, sampler=sampler, strength=0.75)[-1] for f in (free, None))
+def test_every_sampler_runs_with_fusion_that_acts(sampler):
+    with_it, without = (run(f, 12, 20, config=XL, sampler=sampler, strength=0.75)[-1] for f in (settings(12, 20), None))
     assert with_it.isfinite().all() and rms(with_it, without) > 1e-3
 
 
@@ -533,28 +440,12 @@ def test_half_precision_is_finite_and_close(dtype):
         assert half.dtype == dtype and half.isfinite().all() and rms(half.float(), full) < 0.05
 
 
-def test_off_is_bit_equal_and_a_native_map_too():
-    x = randn(2, 4, NATIVE, NATIVE)
-    plain = predict(x)
-    assert torch.equal(predict(x, freescale=None), plain)
-    assert torch.equal(predict(x, freescale=scale_at((NATIVE, NATIVE))), plain)
-
-
 def test_a_steps_windows_are_the_same_however_often_it_is_asked_for():
     x, some = randn(1, 4, 16, 16), stage(settings())
     a, b, other = (predict(x, freescale=some.at((i,), (0,))) for i in (2, 2, 3))
     both = predict(x.repeat(2, 1, 1, 1), freescale=some.at((2,), (0, 1)))
     assert torch.equal(a, b) and rms(other, a) > 1e-4
     assert rms(both[:1], a) < 1e-5 and rms(both[1:], a) < 1e-5         # branches of guidance share windows
-
-
-@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
-def test_guidance_in_two_passes_is_guidance_in_one_batch(config):
-    for more in ({}, dict(cache=DeepCache(2, 1)), dict(cache=FasterDiffusion(2, parallel=True, alpha=0.003))):
-        one, two = (run(settings(), batch=2, config=config, freeu=FREEU, low_memory=low, **more)[-1]
-                    for low in (False, True))
-        assert rms(two, one) < 1e-5
-    assert rms(run(None, config=config, low_memory=True)[-1], run(None, config=config)[-1]) < 1e-5
 
 
 def test_gradients_pass_through_scale_fusion():
@@ -574,15 +465,14 @@ def test_gradients_pass_through_scale_fusion():
     (dict(blur="gauss"), "spatial or official"), (dict(attention="none"), "fused or global or local"),
     (dict(detail=-1.0), "0 or more"), (dict(detail=math.nan), "0 or more"),
     (dict(resolutions=3), "2, 4 or 8 times, not 3"), (dict(outside=0.1), "does nothing without detail_map"),
+    (dict(blur="official", attention="local"), "blur does nothing with attention=local"),
+    (dict(fast=True, attention="local"), "fast does nothing with attention=local"),
+    (dict(dilate=0.0, dilate_from=3), "dilate_from does nothing with dilate=0"),
     (dict(outside=-1.0), "outside is 0 or more"), (dict(native=0), "native is a side of latents")])
 def test_bad_settings_are_named(more, words):
     with pytest.raises(ValueError) as error:
         FreeScale(**{"resolutions": ((64, 64),), **more})
     assert words in str(error.value)
-
-
-def test_sizes_may_be_lists():
-    assert FreeScale([[64, 64], [64, 72]]).resolutions == ((64, 64), (64, 72))
 
 
 def test_what_the_loop_needs_is_named(tiny):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BASELINES, NARROW, UNETS, XL, baseline, make, official_run, randn, rms, seeded
+from conftest import BASELINES, NARROW, UNETS, XL, baseline, make, official_run, randn, rms, seeded, still_windows
 from torch import nn
 
 import highres
@@ -86,10 +86,7 @@ def test_hidiffusion_equals_the_official_code(case, monkeypatch):
 
 @pytest.mark.parametrize("crops", [True, False])
 def test_demofusion_equals_the_official_code(crops, monkeypatch):
-    def places(grid, window, seeds):                                   # the golden's: without jitter
-        axes = [torch.arange(0, n - w + w // 2, w // 2).clamp(max=n - w) + w // 8 for n, w in zip(grid, window)]
-        return torch.cartesian_prod(*axes).expand(*seeds.shape, -1, -1)
-    monkeypatch.setattr(highres, "place_windows", places)
+    monkeypatch.setattr(highres, "place_windows", still_windows)
     of, settings = "demofusion.24x32", DemoFusion(native=16, crops=crops)
     stage = replace(settings.stages(128, *(8 * side for side in baseline(f"{of}.init").shape[2:])), native=16)
     *_, (_, out) = generate(*noised(of), plan("ddim", 6, spacing="leading"), init=baseline(f"{of}.init"),
