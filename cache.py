@@ -14,7 +14,7 @@ pip package; the fork of its paper counts one less.
 """
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from numbers import Integral
 from typing import Any, Literal
@@ -209,6 +209,10 @@ class FasterDiffusion(CacheSettings):
 
     def reused(self, middle: int) -> frozenset[int]:
         return frozenset(range(middle + 1))
+
+    def canonical(self) -> "FasterDiffusion":
+        """The settings of the same pictures, without what only makes them faster: for a picture's metadata."""
+        return replace(self, parallel=self.official_order, max_batch=None)
 
 
 @dataclass(frozen=True)

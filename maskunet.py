@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,7 +266,7 @@ class MaskFile:
     shared: bool = False
 
     def __post_init__(self) -> None:
-        Masks(self.file, self.mode)                                    # checks the mode
+        check_mode(self.mode)
         for name in ("fixed", "shared"):
             if getattr(self, name) and self.mode != "sample":
                 raise ValueError(f"masks: {name} does nothing with {self.mode}, which draws nothing")
@@ -283,6 +283,11 @@ class MaskFile:
         return Masks(load_masks(self.file, sd.unet), self.mode, self.fixed, self.shared)
 
 
+def check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"the masks' mode is one of {', '.join(MODES)}, not {mode!r}")
+
+
 def check_fixed(masks: MaskFile | RandomMasks, steps: int) -> None:
     if masks.fixed and steps == 1:
         raise ValueError("masks: fixed does nothing with a single step")
@@ -297,8 +302,7 @@ class Masks:
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"the masks' mode is one of {', '.join(MODES)}, not {self.mode!r}")
+        check_mode(self.mode)
 
     def start(self, run: Any) -> "MaskRun":
         """The state for one run. Generators lend only their seeds: the noise that the loop draws does not change."""
@@ -406,12 +410,12 @@ class MaskSearch:
     iterations: updates per step (the paper's lambda; none: 15). 0: no search, the masks are drawn from `initial`.
     schedule: "paper": the same number of updates at every step. "released": 1 at each of the first seven steps, 10 at
         each later one. The solver takes the masks before the last of them, which only the optimiser's moments feel, and
-        forgets the steps before (so that dpm++2m is of first order). Here, each step costs one more pass.
+        forgets the steps before (so that dpm++2m is of first order). Each step costs a pass more than in that code.
     keep: "last": the mask after the last update, as published. "best": each image's mask with the highest score.
     lr: the learning rate of AdamW.
     weight_decay: the weight decay of AdamW.
     initial: the logits that every step begins with; 1, as released, drops 6.6 % of the weights.
-    reset: a new optimiser at every step, or the moments of the step before. none: new with the paper's schedule only.
+    reset: yes: a new optimiser at every step; no: it keeps its moments; none: yes for "paper", no for "released".
     checkpoint: compute the activations of U-Net and reward twice instead of keeping them; the noise is the same both
         times. By the sizes of what autograd keeps, SD 1.5 at 512 pixels in float16 needs 4.5 GiB with it and 7.4 GiB
         without (U-Net 4.5, autoencoder 2.8), plus the weights and 0.7 GiB for logits, gradients and optimiser.
@@ -452,6 +456,10 @@ class MaskSearch:
                              f"{steps} --steps, or schedule=paper")
         if self.reset is not None and steps == 1:
             raise ValueError("the mask search's reset does nothing with a single step")
+
+    def canonical(self) -> "MaskSearch":
+        """The settings of the same pictures, without what only saves memory: for a picture's metadata."""
+        return replace(self, checkpoint=False)
 
     def updates(self, step: int) -> int:
         if self.schedule == "released":

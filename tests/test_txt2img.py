@@ -2,9 +2,12 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +20,10 @@ from PIL import Image, PngImagePlugin
 import txt2img
 from clip_text import Tokenizer
 from command import InputError
+from folder import read_config, write_config
 from freescale import FreeScale, read_mask
+from freeu import FreeU
+from maskunet import MaskSearch
 from pictures import read_image
 from stable_diffusion import StableDiffusion
 from unet import UNet
@@ -108,6 +114,58 @@ def test_a_picture_of_another_run_is_known_by_its_settings_and_files(run, start,
     assert "made with another prompt or other settings" in run(*arguments)[2]
 
 
+def test_what_changes_no_picture_is_not_in_its_metadata(run, tmp_path):
+    arguments = ("a circle", "--steps", 4, "--out", tmp_path)
+    assert run(*arguments, "--cache", "faster,0:2,parallel")[0] == 0
+    for text in ("faster,0:2", "faster,0:2,parallel,max_batch=2"):
+        assert "1 of 1 were there already" in run(*arguments, "--cache", text)[1]
+    assert "made with another prompt" in run(*arguments, "--cache", "faster,0:2,parallel,official_order")[2]
+    assert MaskSearch(checkpoint=True).canonical() == MaskSearch()
+
+
+def test_only_line_ends_part_the_prompts_of_a_file_which_has_an_end(run, tmp_path, monkeypatch):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_bytes("\ufeffa circle\r\n\n a\u2028red\x0ccircle \ra blue circle\n".encode())
+    assert run("--from-file", prompts, "--steps", 1, "--out", out)[0] == 0
+    made = [parameters(path).rsplit("\n", 1)[0] for path in sorted(out.iterdir())]
+    assert made == ["a circle", "a\u2028red\x0ccircle", "a blue circle"]
+    monkeypatch.setattr(StableDiffusion, "load", None)
+    code, _, stderr = run("--from-file", prompts, "--n", 50_000)
+    assert code == 2 and one_line(stderr, "150000 pictures are too many; at most 100000 per command")
+    for data, words in ((b"a\0b", "it has a NUL"), (b"a" * (10 ** 7 + 1), "more than 10 MB"), (b"\xff", "codec")):
+        prompts.write_bytes(data)
+        code, _, stderr = run("--from-file", prompts, "--out", tmp_path / "more")
+        assert code == 2 and one_line(stderr, words) and "must be a text file" in stderr
+    if Path("/dev/full").exists():
+        assert "it has a NUL" in run("--from-file", "/dev/full")[2]
+
+
+def test_a_link_is_followed_a_pipe_is_left_alone_and_a_folder_may_have_an_ending(run, tmp_path, monkeypatch):
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    assert run("a circle", "--steps", 1, "--out", tmp_path / "link.png")[0] == 0
+    assert (tmp_path / "link.png").is_symlink() and pixels(tmp_path / "real.png").shape == (32, 32, 3)
+    (tmp_path / "old.txt").mkdir()
+    for out in ("old.txt", "v1.5"):
+        assert run("a circle", "--steps", 1, "--out", tmp_path / out)[0] == 0
+        assert [path.name for path in (tmp_path / out).iterdir()] == ["00000_0.png"]
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.setattr(StableDiffusion, "load", None)
+    code, _, stderr = run("a circle", "--out", tmp_path / "pipe.png")
+    assert code == 2 and one_line(stderr, "pipe.png is a pipe or a device") and (tmp_path / "pipe.png").is_fifo()
+
+
+def test_names_that_are_no_utf8_are_written_and_printed(run, start, tmp_path):
+    init, out = start.rename(tmp_path / "mod\udce9l.png"), tmp_path / "caf\udce9.png"
+    code, stdout, stderr = run("a circle", "--init-image", init, "--steps", 2, "--out", out)
+    assert code == 0 and "caf\\udce9.png" in stdout and "Init image: mod\\udce9l.png" in parameters(out), stderr
+
+
+def test_seed_minus_one_draws_a_seed_and_prints_it(run, tmp_path):
+    seeds = [re.search(r"seed (\d+)", run("a circle", "--steps", 1, "--seed", -1, "--out", tmp_path / "p.png")[1])[1]
+             for _ in range(2)]
+    assert seeds[0] != seeds[1] and f"Seed: {seeds[1]}," in parameters(tmp_path / "p.png")
+
+
 def test_two_processes_make_the_same_files_as_one(run, narrow, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\na red circle\na blue circle\n")
@@ -158,6 +216,68 @@ def test_each_text_of_a_command_is_encoded_once_for_all_its_batches(model, negat
                *negative)[0] == 0
     texts = ["a circle", "a red circle", "a blue circle"] + ([] if negative else [""])
     assert sorted(seen) == sorted(texts * (2 if model == "narrow_xl" else 1)) and len(list(out.iterdir())) == 8
+
+
+# ---------------------------------------------------------------------------------------------------- names and prompts
+
+@pytest.mark.parametrize("flags,wanted", [
+    ("--sampler k_euler_ancestral", ("sampler", "euler-a")), ("--sampler dpmpp_2m", ("sampler", "dpm++2m")),
+    ("--sampler 'DPM++ 2M Karras'", ("sampler", "dpm++2m-karras")), ("--sampler k_heun", ("sampler", "heun")),
+    ("--sampler 'Euler a'", ("sampler", "euler-a")), ("-s 7", ("steps", 7)), ("--scale 4", ("cfg_scale", 4)),
+    ("--num_inference_steps 7", ("steps", 7)), ("--guidance_scale=4", ("cfg_scale", 4)),
+    ("--negative_prompt a_b", ("negative_prompt", "a_b"))])
+def test_names_of_other_programs_are_understood(flags, wanted, narrow):
+    args = txt2img.parse_arguments(["a circle", "--model", str(narrow), *shlex.split(flags)])
+    assert getattr(args, wanted[0]) == wanted[1]
+
+
+@pytest.mark.parametrize("line", ["'a circle' --steps 3 --freeu", "--steps 3 'a circle' --freeu", "--freeu 'a circle'",
+                                  "--freeu --steps 3 'a circle'", "--steps 3 --freeu -- 'a circle'"])
+def test_the_prompt_may_stand_anywhere(line):
+    args = txt2img.parse_arguments(shlex.split(line))
+    assert args.prompt == "a circle" and args.freeu == FreeU()
+    assert txt2img.parse_arguments(["--freeu", "star"]).prompt == "star"
+    assert txt2img.parse_arguments(["--freeu", "none,1,1,1", "--", "-5"]).prompt == "-5"
+
+
+def test_what_other_programs_read_in_a_prompt_is_named_where_it_is_not_read(run, tmp_path):
+    out = ("--steps", 1, "--out", tmp_path / "p.png")
+    code, _, stderr = run("a (red:1.4) circle <lora:x:0.8>", "--negative-prompt", "embedding:bad", *out)
+    assert code == 0 and "note: (red:1.4), <lora:x:0.8>, embedding:bad: read as plain words; there are no" in stderr
+    assert "read as plain words" not in run("a circle (red)", *out)[2]
+
+
+def test_the_tiny_model_draws_with_its_own_guidance(tmp_path, command):
+    assert command(txt2img.main, "a red circle", "--steps", 1, "--out", tmp_path / "p.png")[0] == 0
+    assert "CFG scale: 3," in parameters(tmp_path / "p.png")
+
+
+def test_a_model_of_fewer_training_steps_takes_no_more(narrow, run, tmp_path):
+    shutil.copytree(narrow, tmp_path / "model")
+    config = read_config(narrow)
+    write_config(tmp_path / "model", replace(config, schedule=replace(config.schedule, train_steps=500)))
+    code, _, stderr = run("a circle", "--model", tmp_path / "model", "--steps", 600, "--out", tmp_path / "p.png")
+    assert code == 2 and one_line(stderr, "steps must be 1 to 500, not 600")
+
+
+def test_verify_compares_every_file_with_its_digest(narrow, run, tmp_path, monkeypatch):
+    seen, out = [], ("--steps", 1, "--out", tmp_path / "p.png")
+    load = StableDiffusion.load
+    monkeypatch.setattr(StableDiffusion, "load", lambda *given: (seen.append(given[-1]), load(*given))[1])
+    assert run("a circle", *out)[0] == run("a circle", *out, "--verify")[0] == 0 and seen == [False, True]
+
+
+@pytest.mark.parametrize("loadavg,threads,free", [("1.9 1 1 3/250 99", 4, 2), ("9.0 1 1 10/250 99", 4, 1),
+                                                  ("0.1 1 1 9/250 99", 4, None), ("9 1 1 2/250 99", 2, None)])
+def test_a_busy_machine_is_told_what_helps(loadavg, threads, free, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: loadavg)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        txt2img.note_busy_cores()
+    assert [f"OMP_NUM_THREADS={free} " in str(w.message) for w in told] == ([] if free is None else [True])
 
 
 # ----------------------------------------------------------------------------------------------- pictures to start from
