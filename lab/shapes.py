@@ -585,12 +585,17 @@ def judge(image: np.ndarray, request: Request | str) -> Verdict:
     "a circle". `ok` also wants the sizes, places and background that the caption names, and nothing more in the
     picture: no further object, no region that is like no shape, no `clutter`.
     """
-    request = parse(request) if isinstance(request, str) else request
+    things, more = look(image)
+    return verdict(things, read_background(image), parse(request) if isinstance(request, str) else request,
+                   *image.shape[:2], more)
+
+
+def look(image: np.ndarray) -> tuple[list[Thing], bool]:
+    """The objects in a picture, the largest first, and whether it shows anything else."""
     small = shrink(image)
     regions = find_regions(small)
     things = things_of(regions, *small.shape[:2])
-    more = len(things) < len(regions) or clutter(small, regions) >= 0.01
-    return verdict(things, read_background(image), request, *image.shape[:2], more)
+    return things, len(things) < len(regions) or clutter(small, regions) >= 0.01
 
 
 def verdict(things: list[Thing] | tuple[Thing, ...], background: str, request: Request, height: int, width: int,

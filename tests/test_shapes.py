@@ -40,12 +40,14 @@ from lab.shapes import (
     is_held_out,
     is_true,
     judge,
+    look,
     make_bench,
     measure,
     parse,
     phrase,
     random_scene,
     read,
+    read_background,
     same_things,
     verdict,
 )
@@ -80,7 +82,7 @@ def test_the_same_generator_state_gives_the_same_scene_caption_and_picture():
 @pytest.mark.parametrize("make", [random_scene, dense_scene])
 def test_objects_lie_inside_the_frame_apart_from_each_other_and_differ_from_the_background(make):
     rng = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(150):
         scene = make(rng)
         for t in scene.things:
             assert t.r < min(t.x, t.y, 1 - t.x, 1 - t.y) and t.color != scene.background
@@ -278,8 +280,8 @@ def test_a_drawing_has_the_asked_size_and_shows_the_background_and_the_color():
     assert tuple(image[24, 24]) == COLORS["red"] and tuple(image[24, 72]) == BACKGROUNDS["gray"]
 
 
-@pytest.mark.parametrize("height, width, n", [(64, 64, 100), (128, 128, 50), (256, 256, 20), (64, 96, 50),
-                                              (96, 64, 50)])
+@pytest.mark.parametrize("height, width, n", [(64, 64, 40), (128, 128, 15), (256, 256, 6), (64, 96, 15),
+                                              (96, 64, 15)])
 def test_ground_truths_are_read_back_and_judged_right(height, width, n):
     rng = np.random.default_rng(0)
     for kind in KINDS:
@@ -301,7 +303,7 @@ def test_every_look_is_read_right_on_every_background_at_the_smallest_size():
 def test_reading_survives_mild_blur_and_noise(harm):
     rng = np.random.default_rng(0)
     right = []
-    for scene in scenes(None, 300):
+    for scene in scenes(None, 150):
         image = draw(scene)
         image = blur(blur(image)) if harm != "noise" else image
         image = np.clip(image + rng.normal(0, 12, image.shape), 0, 255) if harm != "blur" else image
@@ -345,7 +347,7 @@ def test_a_blank_picture_is_always_wrong(kind):
 
 def test_swapped_colors_fail_color_attribution_and_nothing_else():
     rng = np.random.default_rng(0)
-    for scene in scenes("color_attr", 100):
+    for scene in scenes("color_attr", 40):
         a, b = scene.things
         image = draw(Scene((replace(a, color=b.color), replace(b, color=a.color)), scene.background))
         verdict = judge(image, caption(scene, rng, "color_attr"))
@@ -355,7 +357,7 @@ def test_swapped_colors_fail_color_attribution_and_nothing_else():
 
 def test_another_color_or_shape_is_wrong():
     rng = np.random.default_rng(0)
-    for scene in scenes("colors", 100):
+    for scene in scenes("colors", 20):
         thing, text = scene.things[0], caption(scene, rng, "colors")
         for color in COLORS.keys() - {thing.color, scene.background}:
             assert not judge(draw(replace(scene, things=(replace(thing, color=color),))), text)
@@ -366,7 +368,7 @@ def test_another_color_or_shape_is_wrong():
 def test_one_object_more_or_less_fails_counting():
     rng = np.random.default_rng(0)
     words = ["one", "two", "three", "four"]
-    for scene in scenes("counting", 100):
+    for scene in scenes("counting", 40):
         image, (word, *rest) = draw(scene), caption(scene, rng, "counting").split()
         for other in set(words[1:]) - {word}:
             assert not judge(image, " ".join([other, *rest]))
@@ -375,7 +377,7 @@ def test_one_object_more_or_less_fails_counting():
 
 def test_the_wrong_side_is_wrong():
     rng = np.random.default_rng(0)
-    for scene in scenes("position", 100):
+    for scene in scenes("position", 30):
         request = parse(caption(scene, rng, "position"))
         for height, width in ((64, 64), (64, 96), (96, 64)):
             image = draw(scene, height, width)
@@ -422,10 +424,12 @@ def test_pictures_that_know_no_prompt_score_0_on_the_benchmark(height, width):
                 rng.integers(0, 256, (height, width, 3)).astype(np.uint8),                      # noise
                 np.kron(np.indices((8, 8)).sum(0) % 2, np.ones((height // 8, width // 8)))[..., None] * [0, 0, 255]]
     pictures += [draw(Scene((), background), height, width) for background in BACKGROUNDS]
-    prompts = sorted({row["prompt"] for row in make_bench()})[::5 if height == width == 64 else 40]
+    requests = [parse(prompt) for prompt in {row["prompt"] for row in make_bench()}]
     for picture in pictures:
-        assert not any(judge(picture, prompt) for prompt in prompts)
-    assert any(judge(pictures[0], prompt).loose for prompt in prompts)
+        (things, more), background = look(picture), read_background(picture)
+        verdicts = [verdict(things, background, request, height, width, more) for request in requests]
+        assert not any(verdicts) and judge(picture, requests[0]) == verdicts[0]
+        assert picture is not pictures[0] or any(verdict.loose for verdict in verdicts)
 
 
 def add_scribble(image: np.ndarray, color: np.ndarray) -> np.ndarray:
@@ -459,7 +463,7 @@ def add_stripes(image: np.ndarray, color: np.ndarray) -> np.ndarray:
 def test_a_right_picture_with_something_more_is_wrong(harm: Callable, height: int, width: int):
     rng = np.random.default_rng(0)
     for kind in KINDS:
-        for scene in scenes(kind, 8 if height == width == 64 else 2):
+        for scene in scenes(kind, 4 if height == width == 64 else 1):
             unlike = {t.color for t in scene.things} | {scene.background}
             color = np.array(COLORS[next(c for c in ("blue", "red", "green", "orange") if c not in unlike)])
             image = draw(scene, height, width)

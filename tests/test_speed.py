@@ -14,12 +14,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make, randn, seeded
+from conftest import make, randn, seeded, write_random
+from tokenizers import Tokenizer
 
 from benchmarks import speed
 from benchmarks.speed import Row, chosen, drift, error, insert, other_rows, reached, rows_of, table, take_turns
 from cache import DeepCache, FasterDiffusion, TGate
 from command import InputError, run_command
+from folder import read_config
 from freescale import FreeScale
 from freeu import FreeU
 from maskunet import DynamicMasks, Masks, RandomMasks, StaticMasks
@@ -32,7 +34,7 @@ NUMBERS = {"row": "unet tiny 64 float32 guided eager", "seconds": 0.02, "base se
            "bytes": 1e9, "of peak": 0.5, "base of peak": 0.25, "peak": {"peak": 4e8}, "base peak": {"peak": 6e8}}
 FREEU = FreeU(1.3, 1.4, 0.9, 0.2, rule="level")
 SCALE = FreeScale(((32, 32), (64, 64)), native=4, dilate=0.0)
-SMALL = UNetConfig(channels=(8, 16), layers=1, depth=(1, 1), heads=(2, 2), context_dim=8, groups=4)
+SMALL = UNetConfig(channels=(8,), layers=1, depth=(1,), mid_depth=0, heads=(2,), context_dim=8, groups=4)
 
 
 def test_every_row_has_a_name_of_its_own_and_words_choose_rows():
@@ -210,44 +212,31 @@ def test_wide_layers_are_the_same_as_convolutions():
         assert out.is_contiguous() and (out - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("techniques,graphs", [
-    ({}, 1), ({"cache": FasterDiffusion(2)}, 4),
-    ({"cache": FasterDiffusion((0, 1, 5), parallel=True)}, 4),         # an encoder, and decoders of 1, 4 and 7 steps
-    ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, 6)],
-    ids=["plain", "faster", "parallel", "together"])
-def test_the_u_net_is_one_graph_with_freeu_caches_and_tgate_and_compiles_but_a_few_times(techniques, graphs, narrow):
-    """A graph for each kind of step, not for each step. The graphs run as they are, so no C++ compiler is needed."""
-    torch.compiler.reset()
-    sd, compiled = StableDiffusion.load(narrow), []
-    plain = sd.sample("a circle", steps=12, **techniques)
-
-    def note(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-    sd.unet.compile(backend=note, fullgraph=True, dynamic=False)
-    assert torch.equal(sd.sample("a circle", steps=12, **techniques), plain)
-    assert 1 <= len(compiled) <= graphs
-
-
 def small_run(techniques: dict, compiled: list | None, low_memory: bool, translate: bool = False) -> torch.Tensor:
-    """Latents of two pictures by a U-Net of two levels, whose graphs go into the list `compiled` unless it is None.
+    """Latents of two pictures by a U-Net of one level, whose graphs go into the list `compiled` unless it is None.
 
     translate: PyTorch's compiler makes C++ of the graphs; otherwise they run as they are.
     """
     unet = make(UNet, SMALL)
     if callable(techniques.get("masks")):
         techniques = techniques | {"masks": techniques["masks"](unet)}
-
-    def note(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
     if compiled is not None:
         torch.compiler.reset()
-        unet.compile(backend="inductor" if translate else note, fullgraph=True, dynamic=False, recompile_limit=64)
+        unet.compile(backend="inductor" if translate else noting(compiled), fullgraph=True, dynamic=False,
+                     recompile_limit=64)
+    init = randn(2, 4, 8, 8, seed=3) if "freescale" in techniques else None
     *_, (_, latents) = generate(unet, randn(2, 4, 8, 8), Condition(randn(2, 5, 8, seed=1)),
-                                Condition(randn(2, 5, 8, seed=2)), plan("ddim", 8), 3.0, randn(2, 4, 8, 8, seed=3),
-                                1.0, seeded(0, 1), low_memory, **techniques)
+                                Condition(randn(2, 5, 8, seed=2)), plan("ddim", 8), 3.0, init, 1.0, seeded(0, 1),
+                                low_memory, **techniques)
     return latents
+
+
+def noting(compiled: list) -> Callable:
+    """A backend that notes each graph and runs it as it is: no C++ compiler is needed."""
+    def note(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        compiled.append(graph)
+        return graph.forward
+    return note
 
 
 def static(unet: UNet) -> Masks:
@@ -261,16 +250,20 @@ def dynamic(mode: str, **how) -> Callable[[UNet], Masks]:
 ALL = {"masks": dynamic("sample"), "freescale": SCALE, "freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}
 
 
-@pytest.mark.parametrize("low_memory,graphs,techniques", [
-    (False, 2, {"masks": static}),                                     # at the first step nothing is kept yet
-    (False, 2, {"masks": dynamic("threshold"), "freescale": replace(SCALE, fast=True, blur="official")}),
-    (False, 2, {"masks": dynamic("expected", shared=True), "freescale": replace(SCALE, attention="local")}),
-    (False, 3, {"masks": RandomMasks(0.2, window=True, fixed=True), "freescale": replace(SCALE, dilate=0.7)}),
-    (False, 8, {"masks": static, "freescale": SCALE, "freeu": FREEU, "cache": FasterDiffusion(3, parallel=True)}),
-    (False, 8, ALL), (True, 16, ALL)],
-    ids=["static", "threshold", "expected", "random", "parallel", "together", "halves"])
-def test_the_u_net_is_one_graph_with_masks_and_freescale_too(low_memory, graphs, techniques):
-    compiled = []
+@pytest.mark.parametrize("graphs, techniques", [
+    (1, {}), (4, {"cache": FasterDiffusion(2)}),
+    (4, {"cache": FasterDiffusion((0, 1, 5), parallel=True)}),         # an encoder, and decoders of 1, 3 and 4 steps
+    (6, {"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}),
+    (2, {"masks": dynamic("threshold"), "freescale": replace(SCALE, fast=True, blur="official")}),
+    (2, {"masks": dynamic("expected"), "freescale": replace(SCALE, attention="local")}),
+    (3, {"masks": RandomMasks(0.2, window=True, fixed=True), "freescale": replace(SCALE, dilate=0.7)}),
+    (8, {"masks": static, "freescale": SCALE, "freeu": FREEU, "cache": FasterDiffusion(3, parallel=True)}),
+    (8, ALL), (4, {"low_memory": True, "masks": dynamic("sample")})],
+    ids=["plain", "faster", "parallel", "caches", "threshold", "expected", "random", "parallel masks", "all", "halves"])
+def test_the_u_net_is_one_graph_whatever_acts_in_it_and_compiles_but_a_few_times(graphs, techniques):
+    """A graph for each kind of step, not for each step."""
+    compiled, low_memory = [], "low_memory" in techniques
+    techniques = {name: of for name, of in techniques.items() if name != "low_memory"}
     plain = small_run(techniques, None, low_memory)
     assert torch.equal(small_run(techniques, compiled, low_memory), plain)
     assert 1 <= len(compiled) <= graphs
@@ -282,18 +275,15 @@ def test_compiled_masks_are_drawn_from_the_same_noise():
     assert (small_run({"masks": static}, [], False, translate=True) - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
-def test_a_command_that_compiles_has_room_for_more_kinds_of_steps_than_pytorchs_own_eight(narrow, monkeypatch):
+def test_a_command_that_compiles_has_room_for_more_kinds_of_steps_than_pytorchs_eight(narrow, tmp_path, monkeypatch):
     compiled, plain = [], UNet.compile
-
-    def note(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
     # beyond the limit, a full graph is an error
     monkeypatch.setattr(UNet, "compile", lambda self, options, **more: plain(
-        self, backend=note, fullgraph=True, **more))
+        self, backend=noting(compiled), fullgraph=True, **more))
     torch.compiler.reset()
-    sd = StableDiffusion.load(narrow, compiled=True)
-    for techniques in ({"freeu": FREEU, "cache": DeepCache(2, 1), "tgate": TGate(3)}, {"cache": FasterDiffusion(2)}):
-        for prompts in (["a"], ["a", "red"]):
-            sd.sample(prompts, steps=6, **techniques)
-    assert len(compiled) > 8
+    config = replace(read_config(narrow), unet=replace(SMALL, depth=(0,), context_dim=16))
+    sd = StableDiffusion.load(write_random(tmp_path / "least", config, Tokenizer.from_file(
+        str(narrow / "tokenizer.json"))), compiled=True)
+    for batch in range(1, 10):
+        sd.sample(["a"] * batch, steps=1)
+    assert len(compiled) == 9
