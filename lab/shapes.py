@@ -15,10 +15,8 @@ side, so that one scene can be drawn at any size and aspect ratio.
     python -m lab.shapes calibrate                # what the judge finds in drawings and in a model's pictures
 """
 
-import argparse
 import json
 import re
-import textwrap
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import combinations, permutations
@@ -32,14 +30,14 @@ COLORS = {"red": (225, 30, 35), "orange": (255, 135, 0), "yellow": (250, 230, 30
           "blue": (30, 80, 230), "purple": (150, 40, 200), "white": (255, 255, 255), "black": (0, 0, 0)}
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 
-# GenEval's categories, with how often each is drawn when the caller does not name one. Sides are learned last, so
-# they are shown most.
+# GenEval's categories, and how often each is drawn if the caller names none. Models learn sides last, so "position" is
+# drawn most.
 KINDS = {"single": 0.15, "two": 0.13, "counting": 0.17, "colors": 0.15, "position": 0.27, "color_attr": 0.13}
 RADII = {1: (0.17, 0.34), 2: (0.15, 0.22), 3: (0.14, 0.18), 4: (0.13, 0.16)}     # by the number of objects
 MARGIN = 0.02                                                                   # between an object and the frame
 
-# What split "train" never shows, to ask later whether a model can put together what it never saw together. Every
-# shape loses one colour, one place, one number and one partner.
+# What split "train" never shows: every shape lacks one colour, one place, one number and one partner. The benchmark's
+# unseen half asks for these combinations.
 HELD_OUT_LOOKS = frozenset({("circle", "purple"), ("square", "orange"), ("triangle", "blue"), ("star", "green"),
                             ("ring", "yellow"), ("cross", "red")})
 HELD_OUT_PLACES = frozenset({("circle", "on the left"), ("square", "at the top"), ("triangle", "on the right"),
@@ -80,8 +78,8 @@ def random_scene(rng: np.random.Generator, kind: str | None = None, split: str =
                  numbers: tuple[int, ...] = (2, 3, 4)) -> Scene:
     """A scene of one of the `KINDS`; split "train" shows nothing held out, "unseen" only that, "all" both.
 
-    neat: objects lie in the middle of the picture or of its sides, two of them opposite each other, never alike.
-    numbers: what a counting scene's number is drawn from; one that is listed twice comes twice as often.
+    neat: one object lies in the middle of the picture or of a side, two lie on opposite sides.
+    numbers: what the number of a counting scene is drawn from; one that is listed twice is drawn twice as often.
     """
     if split not in ("train", "unseen", "all"):
         raise ValueError(f"split is 'train', 'unseen' or 'all', not {split!r}")
@@ -108,7 +106,7 @@ def random_scene(rng: np.random.Generator, kind: str | None = None, split: str =
 
 
 def dense_scene(rng: np.random.Generator) -> Scene:
-    """6 to 12 small objects of any look: many edges a picture, which is what an autoencoder learns most from."""
+    """6 to 12 small objects of any look: an autoencoder learns most from edges, and these pictures have many."""
     while True:
         background = _pick(rng, BACKGROUNDS)
         colors = [c for c in COLORS if c != background]
@@ -125,7 +123,7 @@ def _pick(rng: np.random.Generator, options: Iterable) -> Any:
 
 
 def _spread(rng: np.random.Generator, looks: list[tuple[str, str]], radii: np.ndarray) -> tuple[Thing, ...]:
-    """Places what fits in 20 tries each, wholly inside the frame and with a clear gap between any two."""
+    """Places the objects that fit within 20 tries each, inside the frame and with a clear gap between any two."""
     things: list[Thing] = []
     for (shape, color), r in zip(looks, radii.tolist()):
         for x, y in rng.uniform(r + MARGIN, 1 - r - MARGIN, (20, 2)).tolist():
@@ -137,7 +135,7 @@ def _spread(rng: np.random.Generator, looks: list[tuple[str, str]], radii: np.nd
 
 
 def _line_up(rng: np.random.Generator, looks: list[tuple[str, str]], radii: np.ndarray) -> tuple[Thing, ...]:
-    """One or two objects in the middle of the picture or of its sides, give or take a little; radii of at most 0.2."""
+    """One or two objects near the middle of the picture or of its sides; radii are at most 0.2."""
     slots = {1: [[(0.5, 0.5)], [(0.25, 0.5)], [(0.75, 0.5)], [(0.5, 0.25)], [(0.5, 0.75)]],
              2: [[(0.25, 0.5), (0.75, 0.5)], [(0.75, 0.5), (0.25, 0.5)], [(0.5, 0.25), (0.5, 0.75)],
                  [(0.5, 0.75), (0.5, 0.25)]]}[len(looks)]
@@ -153,7 +151,7 @@ SIZES = ("small", "large")
 PLACES = ("in the centre", "on the left", "on the right", "at the top", "at the bottom")
 RELATIONS = ("left of", "right of", "above", "below")
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
-# Other words for the same: the plain sentence that `phrase` makes first, and what may stand in its place.
+# The plain words that `phrase` uses first, and the words that may replace them.
 SYNONYMS = {"and": ("with", "next to"), "left of": ("to the left of",), "right of": ("to the right of",),
             "above": ("over",), "below": ("under",), "on the left": ("on the left side",),
             "on the right": ("on the right side",), "in the centre": ("in the middle",), "on a": ("against a",)}
@@ -189,9 +187,9 @@ def caption(scene: Scene, rng: np.random.Generator, kind: str | None = None, whe
 
 def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None, where: bool = False,
              colored: float = 0.82) -> Request:
-    """The request behind `caption`: true statements about the scene, and which of them are made is drawn.
+    """The request of a `caption`: a random choice of true statements about the scene.
 
-    where: it says where one or two objects lie, by places or by a relation, whenever that is clear.
+    where: always say where one or two objects lie, by places or by a relation, if that is clear.
     colored: the share of captions that name colours.
     """
     things, n = scene.things, len(scene.things)
@@ -209,7 +207,7 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None, wh
     if n == 2:
         a, b = things if rng.random() < 0.5 else things[::-1]
         relation = clear_relation(a, b) if says(0.65) or kind == "position" else None
-        # without a relation, the place of either may be said: two words that mean what a relation means
+        # without a relation, the place of each object may be said, which means the same
         places = [place(t) if relation is None and (says(0.8) or where) else None for t in (a, b)]
         return Request(tuple(ask(t, place=p if (t.shape, p) not in HELD_OUT_PLACES else None)
                              for t, p in zip((a, b), places)), relation, background)
@@ -217,13 +215,13 @@ def describe(scene: Scene, rng: np.random.Generator, kind: str | None = None, wh
 
 
 def has_size(thing: Thing, size: str, clearly: bool = False) -> bool:
-    """`clearly` leaves a band between small and large in which a caption is silent."""
+    """clearly: with a gap between small and large, in which captions name no size."""
     small, large = (0.22, 0.29) if clearly else (0.255, 0.255)
     return thing.r < small if size == "small" else thing.r > large
 
 
 def is_at(thing: Thing, place: str, clearly: bool = False) -> bool:
-    """`clearly` is what a caption needs to say so; without it a judge forgives what a caption would not say."""
+    """clearly: as captions need it; the judge accepts objects that are less clearly at the place."""
     dx, dy = thing.x - 0.5, thing.y - 0.5
     if place == "in the centre":
         return max(abs(dx), abs(dy)) < (0.08 if clearly else 0.12)
@@ -233,7 +231,7 @@ def is_at(thing: Thing, place: str, clearly: bool = False) -> bool:
 
 
 def clear_relation(a: Thing, b: Thing) -> str | None:
-    """Where a is seen from b if one axis clearly dominates and the two are apart on it, else None."""
+    """Where a lies, seen from b, if one axis clearly dominates and the objects don't overlap on it."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > max(a.r + b.r, 1.6 * abs(dy)):
         return "left of" if dx < 0 else "right of"
@@ -268,9 +266,8 @@ def _plain(text: str) -> str:
 def alter(request: Request, rng: np.random.Generator, sides: bool = False) -> Request:
     """The request with one thing changed: a colour, shape, number, size, place, side, background, or colours swapped.
 
-    sides: only the place of the noun drawn or the relation changes; where neither is said, one is made up.
-
-    Mostly untrue of a scene that the request is true of (`verdict` knows): a hard negative for contrastive training.
+    sides: change a place or the relation; if the request has neither, add one.
+    The result is a hard negative for contrastive training: mostly false of a scene of which the request is true.
     """
     asks, k = list(request.asks), int(rng.integers(len(request.asks)))
     other = lambda options, not_these: _pick(rng, [o for o in options if o not in not_these])
@@ -407,8 +404,8 @@ def _border_color(image: np.ndarray) -> np.ndarray:
 def _classes(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> (H, W): 0 for background, else 1 + the index of the palette colour that a pixel shows.
 
-    The soft edge of a white circle on black is gray and that of a yellow one is olive, so a pixel is compared with
-    all mixtures of the background with a colour; it is the object's if the nearest holds more than half of that.
+    Edges are mixtures: that of a white circle on black is gray, that of a yellow one olive. So the pixel is compared
+    with all mixtures of the background and one colour; it is the object's if the nearest is more than half this colour.
     """
     background = _border_color(image)
     offset = image - background
@@ -452,7 +449,7 @@ class Region:
 
 
 def _fit(mask: np.ndarray, color: str) -> Region:
-    """The region (h, w) bool with its best shape; what sticks out far counts more than a wobbly edge."""
+    """The region (h, w) bool with the shape that it is most like, by the mean square distance of what sticks out."""
     ys, xs = np.nonzero(mask)
     x, y, overlaps, fits = float(xs.mean()), float(ys.mean()), {}, []
     for shape in SHAPES:
@@ -466,8 +463,8 @@ def _fit(mask: np.ndarray, color: str) -> Region:
 
 
 def _split(mask: np.ndarray, smallest: float) -> list[np.ndarray]:
-    """The parts of a region that touch each other: worn away from its edge until it falls apart, then every pixel goes
-    to the part that is nearest. [mask] if it never falls into parts of at least a third of `smallest` pixels."""
+    """The touching parts of a region: eroded until it falls apart, then each pixel joins the nearest part. [mask] if it
+    never falls into parts of at least a third of `smallest` pixels."""
     core = mask
     while core.any():
         names, areas = np.unique(regions := _components(core.astype(int)), return_counts=True)
@@ -564,8 +561,8 @@ class Verdict:
 
 
 def relations(a: Thing, b: Thing, height: int, width: int) -> set[str]:
-    """Where a is seen from b by GenEval's rule, an object's box being two radii wide and high. One relation along
-    each axis may hold; none does for boxes that nearly coincide."""
+    """Where a lies, seen from b, by GenEval's rule; an object's box is two radii wide and high. One relation along each
+    axis may hold; none does if the boxes nearly coincide."""
     short = min(height, width)
     offset = np.array([(a.x - b.x) * width, (a.y - b.y) * height])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * (a.r + b.r) * short, 0)
@@ -600,7 +597,7 @@ def look(image: np.ndarray) -> tuple[list[Thing], bool]:
 
 def verdict(things: list[Thing] | tuple[Thing, ...], background: str, request: Request, height: int, width: int,
             more: bool = False) -> Verdict:
-    """`judge` for objects that are known already, in the order in which a detector is sure of them.
+    """`judge` for known objects, in the order of a detector's confidence.
 
     more: whether the picture shows something beside these objects.
     """
@@ -769,16 +766,11 @@ def make_bench(seed: int = 553) -> list[dict]:
 
 def show(path: str, columns: int = 6, size: int = 128) -> None:
     """Writes a contact sheet: one row per kind, each picture over its caption."""
-    from PIL import Image, ImageDraw  # only here, so that training needs numpy alone
+    from lab.study import sheet  # only here: it needs torch
     rng = np.random.default_rng(0)
-    sheet = Image.new("RGB", (columns * (size + 8), len(KINDS) * (size + 40)), "lavender")
-    for row, kind in enumerate(KINDS):
-        for column in range(columns):
-            scene, corner = random_scene(rng, kind), (column * (size + 8) + 4, row * (size + 40) + 4)
-            sheet.paste(Image.fromarray(draw(scene, size, size)), corner)
-            text = textwrap.fill(caption(scene, rng), 22)
-            ImageDraw.Draw(sheet).text((corner[0], corner[1] + size), text, fill="black", spacing=0)
-    sheet.save(path)
+    scenes = {kind: [random_scene(rng, kind) for _ in range(columns)] for kind in KINDS}
+    sheet([(kind, [draw(scene, size, size) for scene in row]) for kind, row in scenes.items()], Path(path),
+          captions=[caption(scene, rng) for row in scenes.values() for scene in row])
 
 
 def check(n: int) -> None:
@@ -831,7 +823,8 @@ def calibrate(model: str, n: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A captioned world of drawn shapes, and its exact scorer.")
+    from command import ArgumentParser  # only here: it needs torch
+    parser = ArgumentParser(description="A captioned world of drawn shapes, and its exact scorer.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("show", help="draw a contact sheet").add_argument("--out", default="sheet.png")
     commands.add_parser("check", help="read ground truths back").add_argument("--n", type=int, default=500)
@@ -851,4 +844,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from command import run_command
+    run_command(main)
