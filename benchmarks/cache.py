@@ -68,8 +68,8 @@ def fits(settings: Settings, config: UNetConfig, steps: int) -> bool:
 def pass_macs(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor | None, on: Techniques = OFF) -> int:
     """Multiply-adds of a pass as torch counts them (half its FLOPs), with the time and text projections that it needs.
 
-    The sampling loop makes these once for all units and steps; here those of units that run count. On the meta
-    device: torch's counter misses the CPU's attention.
+    The sampling loop projects once for all units and steps; here, the projections of the units that run count. It needs
+    the meta device, because torch's counter misses the attention of CPUs.
     """
     shifts, text = unet.embed_time(t, added), unet.embed_text(context)
     with FlopCounterMode(display=False) as counter:
@@ -87,7 +87,7 @@ def pass_macs(unet: UNet, x: Tensor, t: Tensor, context: Tensor, added: Tensor |
 
 
 def macs(family: str, side: int) -> list[dict[str, Any]]:
-    """One pass of one row: full, encoder, decoder, and the cheap pass of every branch; counted, and by `unit_macs`."""
+    """One pass of one row, in full, encoder, decoder, and each branch: counted by torch, and by `unit_macs`."""
     config = CONFIGS[family]
     with torch.device("meta"):
         unet = UNet(config)
@@ -126,7 +126,7 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def alternate(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after a warm-up; each round begins one further down the list."""
+    """Seconds of every call in every round, after a warm-up; each round begins with the next call."""
     seconds, names = {name: [] for name in calls}, list(calls)
     for name in names:
         calls[name]()
@@ -147,9 +147,9 @@ def against_first(seconds: dict[str, list[float]], ideal: dict[str, float]) -> l
 
 
 def inputs(args: argparse.Namespace, size: int, device: str | None = None) -> dict[str, Any]:
-    """What `generate` and `begin` need beside a plan: a U-Net with random weights, noise, and guidance's conditions.
+    """Arguments of `generate` and `begin`: a U-Net with random weights, noise, prompt and negative prompt.
 
-    device: None, that of args; "meta": shapes alone.
+    device: None: that of args. "meta": only shapes.
     """
     config, dtype, device = CONFIGS[args.family], getattr(torch, args.dtype), device or args.device
     generator = torch.Generator().manual_seed(0)
@@ -175,13 +175,13 @@ def begun(given: dict[str, Any], steps: int, **settings: Any) -> Run:
 
 
 def first_call(run: Run) -> None:
-    """The pass of a run's first call, with both branches of guidance: its techniques keep what later calls reuse."""
+    """Runs the first call with both branches of guidance, after which the techniques hold what later calls reuse."""
     times, text, added = run.inputs(BOTH)
     run.unet(run.noise.repeat(2, 1, 1, 1).to(text.source.dtype), times[0], text, added, run.on((0,), BOTH))
 
 
 def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One pass of both branches of guidance: in full, a key step (which keeps references), and the cheap ones."""
+    """One pass with both branches of guidance: in full, a key step, and the steps that reuse features."""
     given = inputs(args, args.size)
     unet, (times, text, added) = given["unet"], begun(given, 2).inputs(BOTH)
     x = given["noise"].repeat(2, 1, 1, 1).to(text.source.dtype)
@@ -215,7 +215,7 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile(call: Callable[[], Any], count: int = 8) -> dict[str, float]:
-    """Which operations the time goes to, in shares of their sum; the greatest."""
+    """The operations that take most of the time, with their shares of it."""
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
     with torch.profiler.profile(activities=kinds) as seen:
         call()
@@ -249,15 +249,15 @@ def schedules(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def kept_bytes(run: Run) -> int:
-    """What cache and T-GATE keep between calls; of parallel Faster Diffusion nothing: it reuses within one call."""
+    """Bytes that cache and T-GATE keep between calls. Parallel Faster Diffusion keeps none: it reuses in one call."""
     first_call(run)
     return sum(x.nbytes for x in tree_leaves([state.kept for state in run.acting.values()]))
 
 
 def parallel(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A key step and the steps after it: each alone, and several decoded in one batch; memory from shapes alone.
+    """A key step and the steps after it, decoded one by one and several in one batch.
 
-    Memory is what tensors take at the peak of the run, beyond weights and what is there before: see `memory.py`.
+    Memory is the peak of all tensors without weights and inputs, from shapes alone: see `memory.py`.
     """
     given, shapes = (inputs(args, args.schedule_size, device) for device in (None, "meta"))
     rows = 2 * args.batch
@@ -282,7 +282,7 @@ def parallel(args: argparse.Namespace) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------ command line
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """A Markdown table of what rows have in common with the first two kinds of them."""
+    """Prints the rows as a Markdown table; a column for every entry."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "share of time by operation"]
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
 

@@ -4,13 +4,12 @@
     python -m benchmarks.speed --rows "unet sd15 256 bfloat16" "decode tiny" --rounds 9
     python -m benchmarks.speed --json benchmarks/speed.json --table benchmarks/README.md      # the rows of TARGETS
 
-Start at `measure_row`. Both sides read the same weights with the code that a user runs (`StableDiffusion.load`,
-`from_pretrained`), then take turns, and who begins turns too. A speed is the median of the rounds' own ratios, with
-the least and the greatest; beside it stand CPU time, the largest error against diffusers in float32, and peak memory,
-of a fresh process for each side. Where diffusers' own seconds drift, the row is measured again, and refused after
-three tries.
-A U-Net step is a call of the U-Net within a run: keys and values of the text and embeddings of the time, which our
-loop makes once a run, are not in our call; what they take is noted as "once a run". Text is random embeddings, as
+Start at `measure_row`. Both sides load the same weights with the code that a user runs (`StableDiffusion.load`,
+`from_pretrained`). Then they take turns; every other round, diffusers begins. A row has the median of the rounds' own
+ratios with the least and the greatest, CPU time, the largest error against diffusers in float32, and the peak memory of
+a fresh process per side. If diffusers' seconds drift, the row is measured again; after three tries it is refused.
+A U-Net step is a call of the U-Net within a run. Our loop makes the text's keys and values and the times' embeddings
+once per run, so our call leaves them out; their time is reported as "once a run". The text is random embeddings, as
 many as the model's prompts have tokens.
 """
 import argparse
@@ -44,7 +43,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from clip_text import TextConfig, TextEncoder
-from command import ArgumentParser, InputError, replacing, run_command
+from command import ArgumentParser, InputError, check_flags, replacing, run_command
 from convert_weights import FAMILIES
 from folder import TINY, ModelConfig, build, load_weights, read_config, write_config
 from lab.evaluate import mixed_prompts
@@ -55,9 +54,10 @@ from vae import VAE
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = 3
-FEW = 4                                        # steps of "picture", whose peak memory is that of any number
-STEPS = 30                                     # of a whole command, and what "once a run" is shared by
+FEW = 4                                        # steps of "picture"; more would not raise its peak memory
+STEPS = 30                                     # of "command"; the table divides "once a run" by it
 PROMPT = "a red circle left of a blue square"
+KINDS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder, "text_encoder_2": TextEncoder}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 GB = 1e9
 
@@ -66,11 +66,10 @@ GB = 1e9
 class Row:
     """One line of the table.
 
-    what: "unet" (a step), "decode", "encode" (the VAE), "text", "load" (until the object is there), "read" (load, and
-        read every weight once), "picture" (a whole one in 4 steps with guidance, from a text's embeddings on),
-        "command" (cold start to PNG), "many" (pictures in batches of 8; not against diffusers, but against our own loop
-        of single pictures).
-    guided: both halves of guidance in one batch; the other rows have one picture, "text" two texts of random tokens.
+    what: "unet" (a step), "decode", "encode" (the VAE), "text" (two texts of random tokens), "load", "read" (load, then
+        read every weight once), "picture" (4 steps with guidance, from given embeddings of the text), "command" (cold
+        start to PNG), "many" (batches of 8 pictures, compared with our own single pictures, not with diffusers).
+    guided: both branches of guidance in one batch; otherwise, one row.
     """
     what: str
     family: str
@@ -88,7 +87,7 @@ class Row:
 
 
 def rows_of(device: str) -> list[Row]:
-    """All rows; `TARGETS` are those that are measured without --rows."""
+    """All rows; those of `TARGETS` are measured without --rows."""
     sizes = [("tiny", 64), ("sd15", 256), ("sd15", 512), ("sd21", 512), ("sd21", 768), ("sdxl", 512), ("sdxl", 1024)]
     rows = [Row("unet", family, size, dtype, guided, compiled) for (family, size), dtype, guided, compiled
             in product(sizes, DTYPES[device], (True, False), (False, True))]
@@ -117,7 +116,7 @@ def chosen(rows: list[Row], patterns: list[str]) -> list[Row]:
 # ------------------------------------------------------------------------------------------- the same weights for both
 
 def make_folders(family: str, work: Path) -> tuple[Path, Path]:
-    """Our folder and diffusers', made if they aren't there: the tiny model, or random weights (SDXL's in float16)."""
+    """Our folder and diffusers', made if missing: the tiny model, or random weights (SDXL's in float16)."""
     ours, theirs = work / family, work / f"{family}-diffusers"
     if not theirs.is_dir():
         config = config_of(family)
@@ -125,13 +124,13 @@ def make_folders(family: str, work: Path) -> tuple[Path, Path]:
         ours.mkdir(parents=True)
         part = work / f"{family}-part"
         shutil.rmtree(part, ignore_errors=True)
-        for name, kind, settings in parts(config):
+        for name, settings in config.parts.items():
             if family == "tiny":
                 state = load_file(TINY / f"{name}.safetensors")
             else:
                 with torch.random.fork_rng():
                     torch.manual_seed(0)
-                    state = kind(settings).to(torch.float16 if family == "sdxl" else torch.float32).state_dict()
+                    state = KINDS[name](settings).to(torch.float16 if family == "sdxl" else torch.float32).state_dict()
             save_file(state, ours / f"{name}.safetensors", metadata={"format": "pt"})
         shutil.copy(TINY / "tokenizer.json", ours)
         write_config(ours, config)
@@ -142,12 +141,6 @@ def make_folders(family: str, work: Path) -> tuple[Path, Path]:
 
 def config_of(family: str) -> ModelConfig:
     return read_config(TINY) if family == "tiny" else FAMILIES[family]
-
-
-def parts(config: ModelConfig) -> list[tuple[str, Callable[[Any], nn.Module], Any]]:
-    """Name, class and config of each file of weights."""
-    found = [("unet", UNet, config.unet), ("vae", VAE, config.vae), ("text_encoder", TextEncoder, config.text_encoder)]
-    return found + [("text_encoder_2", TextEncoder, config.text_encoder_2)] * (config.text_encoder_2 is not None)
 
 
 def write_theirs(config: ModelConfig, ours: Path, out: Path) -> None:
@@ -195,7 +188,7 @@ def write_theirs(config: ModelConfig, ours: Path, out: Path) -> None:
         index |= {"_class_name": "StableDiffusionXLPipeline", "tokenizer_2": index["tokenizer"],
                   "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     (out / "model_index.json").write_text(json.dumps(index))
-    for name, _, _ in parts(config):
+    for name in config.parts:
         file = "model.safetensors" if name.startswith("text") else "diffusion_pytorch_model.safetensors"
         (out / name / file).hardlink_to(ours / f"{name}.safetensors")
 
@@ -223,10 +216,17 @@ def inputs(row: Row, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return given
 
 
-def our_part(name: str, folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """One module of a folder, as `StableDiffusion.load` reads it."""
-    kind, config = next((kind, config) for part, kind, config in parts(read_config(folder)) if part == name)
-    return load_weights(build(kind, config), folder / f"{name}.safetensors", device, dtype)
+def our_call(row: Row, given: dict[str, Tensor], module: Callable[[str], nn.Module]) -> Side:
+    """One of our components with these `inputs`. module: from the component's name to the module."""
+    if row.what == "unet":
+        unet = module("unet")
+        text, shifts = unet.embed_text(given["context"]), unet.embed_time(given["t"], given.get("added"))
+        return lambda: unet(given["x"], shifts, text), [unet]
+    if row.what == "text":
+        text = module(list(config_of(row.family).parts)[-1])
+        return lambda: text(given["ids"])[0], [text]
+    vae = module("vae")
+    return (lambda: vae.decode(given["x"])) if row.what == "decode" else lambda: vae.encode(given["image"])[0], [vae]
 
 
 def our_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype) -> Side:
@@ -237,24 +237,23 @@ def our_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype
                      "--device", device, "--dtype", "float32"]
         return lambda: run_script([*map(str, arguments)], work / "ours.png"), []
     given = inputs(row, device, dtype)
-    x = given["x"]
-    if row.what in ("many", "picture", "unet"):
-        sd = StableDiffusion.load(folder, device, dtype, compiled=row.compiled)
-        modules = [sd.unet, sd.vae, *sd.text_encoders]
+    if row.what not in ("many", "picture", "unet"):
+        def load(name: str) -> nn.Module:
+            """As `StableDiffusion.load` does it."""
+            module = build(KINDS[name], read_config(folder).parts[name])
+            return load_weights(module, folder / f"{name}.safetensors", device, dtype)
+        return our_call(row, given, load)
+    sd = StableDiffusion.load(folder, device, dtype, compiled=row.compiled)
+    if row.what == "unet":
+        if "pooled" in given:
+            given["added"] = sd.size_conditioning(given["pooled"], given["sizes"])
+        return our_call(row, given, lambda name: sd.unet)
+    modules = [sd.unet, sd.vae, *sd.text_encoders]
     if row.what == "many":
         return lambda: draw_many(sd, 8), modules
-    if row.what == "picture":
-        negative, positive = given["context"].chunk(2)
-        return lambda: sd.decode(sd.sample(positive, negative, FEW, cfg_scale=7.5, noise=x[:1].float())), modules
-    if row.what == "unet":
-        added = sd.size_conditioning(given["pooled"], given["sizes"]) if "pooled" in given else None
-        text, shifts = sd.unet.embed_text(given["context"]), sd.unet.embed_time(given["t"], added)
-        return lambda: sd.unet(x, shifts, text), [sd.unet]
-    if row.what in ("decode", "encode"):
-        vae = our_part("vae", folder, device, dtype)
-        return lambda: vae.decode(x) if row.what == "decode" else vae.encode(given["image"])[0], [vae]
-    text = our_part("text_encoder_2" if config_of(row.family).text_encoder_2 else "text_encoder", folder, device, dtype)
-    return lambda: text(given["ids"])[0], [text]
+    negative, positive = given["context"].chunk(2)
+    noise = given["x"][:1].float()
+    return lambda: sd.decode(sd.sample(positive, negative, FEW, cfg_scale=7.5, noise=noise)), modules
 
 
 def their_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype) -> Side:
@@ -302,7 +301,7 @@ def their_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dty
 
 
 def single_side(row: Row, folder: Path, work: Path, device: str, dtype: torch.dtype) -> Side:
-    """For "many": our own loop of single pictures."""
+    """The other side of "many": our own loop of single pictures."""
     sd = StableDiffusion.load(folder, device, dtype)
     return lambda: draw_many(sd, 1), [sd.unet, sd.vae, *sd.text_encoders]
 
@@ -314,7 +313,7 @@ def draw_many(sd: StableDiffusion, batch: int, n: int = 16) -> Tensor:
 
 
 def weights_of(loaded: Any, read: bool) -> None:
-    """With read, every weight of a pipeline is read once: files that are only mapped so far come into memory."""
+    """With read, reads every weight of a pipeline once, so that files that are only mapped come into memory."""
     modules = [m for value in vars(loaded).values() for m in (value if isinstance(value, list) else [value])
                if isinstance(m, nn.Module)]
     for p in (p for module in modules for p in module.parameters() if read):
@@ -339,7 +338,7 @@ def clock() -> tuple[float, float]:
 
 def timed(call: Callable[[], Any], repeat: int, device: str) -> tuple[float, float]:
     """(wall, CPU) seconds of one call, the mean of `repeat`; on a GPU the wall's are by its own events."""
-    gc.collect()                               # what lies about of the other side is not this one's to clear away
+    gc.collect()                               # the other side's garbage must not cost this side time
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -358,10 +357,10 @@ Seconds = tuple[float, float]                  # by the wall, and of the CPU
 
 
 def take_turns(calls: list[Callable[[], Any]], rounds: int, device: str) -> tuple[list[list[Seconds]], list[Seconds]]:
-    """Seconds of every call in every round; who begins turns. And of each call's first, a warm-up."""
+    """Seconds of every call in every round, which the calls begin in turn; and of each call's first time, a warm-up."""
     first = [timed(call, 1, device) for call in calls]
     warm = [timed(call, 1, device) for call in calls]
-    # a round lasts 0.2 s at least on a CPU, and on a GPU all rounds are 50 calls at least
+    # at least 0.2 s per round on a CPU, and at least 50 calls in all rounds on a GPU
     repeat = -(-50 // rounds) if device == "cuda" else max(1, min(50, round(0.2 / min(w for w, _ in warm))))
     seconds = [[] for _ in calls]
     for k in range(rounds):
@@ -383,13 +382,13 @@ def error(out: Tensor, reference: Tensor) -> float:
 
 @torch.no_grad()
 def measure_row(row: Row, args: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]:
-    """Everything about one row. A row that can't be trusted has "refused" instead of its times."""
+    """All numbers of one row; a row whose seconds drift has "refused" instead of its times."""
     folders, dtype = make_folders(row.family, args.work), getattr(torch, row.dtype)
     baseline = single_side if row.what == "many" else their_side
     base_folder = folders[row.what != "many"]
     settings = (args.work, args.device)
     result: dict[str, Any] = {"row": row.name, **asdict(row)}
-    if args.memory and row.what not in ("command", "many"):            # first: this process keeps what it has had
+    if args.memory and row.what not in ("command", "many"):            # before the rest takes memory
         result |= {"peak": alone(row, "ours", args), "base peak": alone(row, "theirs", args)}
 
     reference = None
@@ -399,7 +398,7 @@ def measure_row(row: Row, args: argparse.Namespace, peaks: dict[str, float]) -> 
         del call
         gc.collect()
     ours, base = our_side(row, folders[0], *settings, dtype), baseline(row, base_folder, *settings, dtype)
-    firsts = []                                # of every try; a second one compiles nothing
+    firsts = []                                # of every try; only the first try compiles
     for _ in range(TRIES):
         seconds, first = take_turns([ours[0], base[0]], args.rounds, args.device)
         firsts.append(first)
@@ -442,7 +441,7 @@ def once_a_run(row: Row, unet: UNet, device: str, dtype: torch.dtype) -> float:
 
 
 class Traffic(Meter):
-    """A Meter that also adds up what convolutions and linear layers read and write, in bytes; not attention."""
+    """A Meter that also adds up the bytes that convolutions and linear layers read and write, without attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -456,31 +455,23 @@ class Traffic(Meter):
 
 
 def arithmetic(row: Row) -> dict[str, int]:
-    """FLOPs and bytes of a row, from shapes alone, with attention; nothing for rows that do more than arithmetic."""
+    """FLOPs (with attention) and bytes of a row, from shapes alone; nothing for rows that do more than arithmetic."""
     if row.what not in ("unet", "decode", "encode", "text"):
         return {}
     config, dtype, meter = config_of(row.family), getattr(torch, row.dtype), Traffic()
     given = {name: x.to("meta") for name, x in inputs(row, "cpu", dtype).items()}
-    added = torch.empty(len(given["x"]), config.unet.add_dim, dtype=dtype, device="meta")
+    if config.unet.add_dim:
+        given["added"] = torch.empty(len(given["x"]), config.unet.add_dim, dtype=dtype, device="meta")
     with torch.no_grad():
-        if row.what == "unet":
-            unet = build(UNet, config.unet).to(dtype)
-            shifts, text = unet.embed_time(given["t"], added), unet.embed_text(given["context"])
-            calls = lambda: unet(given["x"], shifts, text)
-        elif row.what == "text":
-            encoder = build(TextEncoder, config.text_encoder_2 or config.text_encoder).to(dtype)
-            calls = lambda: encoder(given["ids"])
-        else:
-            vae = build(VAE, config.vae).to(dtype)
-            calls = (lambda: vae.decode(given["x"])) if row.what == "decode" else lambda: vae.encode(given["image"])
+        call, _ = our_call(row, given, lambda name: build(KINDS[name], config.parts[name]).to(dtype))
         with FusedAttention(meter), meter:
-            calls()
+            call()
     return {"flops": meter.flops, "bytes": meter.moved}
 
 
 def measure_peaks(dtypes: list[str], device: str) -> dict[str, float]:
-    """What this machine reaches: FLOP/s in each dtype, of a square product or of a convolution (for some libraries
-    that is the faster), and bytes/s of a copy (read and write)."""
+    """This machine's peaks: FLOP/s per dtype, of a matrix product or a convolution, whichever is faster; and bytes/s
+    of a copy (read and write)."""
     n, size = (8192, 2 ** 30) if device == "cuda" else (2048, 2 ** 28)
     peaks = {}
     for name in dtypes:
@@ -497,7 +488,7 @@ def measure_peaks(dtypes: list[str], device: str) -> dict[str, float]:
 
 
 def alone(row: Row, side: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of a fresh process that loads one side and calls it once, and the bytes of weights that it uses."""
+    """Peak memory of a fresh process that loads one side and calls it once, and the bytes of its weights."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.speed", "--alone", side, "--rows", row.name, "--work",
                            str(args.work), "--device", args.device, "--threads", str(args.threads)],
                           capture_output=True, text=True, cwd=ROOT)
@@ -528,7 +519,7 @@ COLUMNS = ("row", "ours", "diffusers", "ratio (least to greatest)", "CPU ratio",
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table, a line a row; of a refused row only why."""
+    """A Markdown table with one line per row; of a refused row, only the reason."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
 
     def both(result: dict[str, Any], name: str, style: str) -> str:
@@ -551,7 +542,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def machine(args: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Hardware, versions and settings, on which the numbers depend."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     if args.device == "cpu" and Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -564,7 +555,7 @@ def machine(args: argparse.Namespace, peaks: dict[str, float]) -> dict[str, Any]
 
 
 def reached(results: list[dict[str, Any]]) -> str:
-    """The machine's own peaks, as measured before these rows: each the least and the greatest."""
+    """The machine's peaks, the least and the greatest of those measured before these rows."""
     peaks: dict[str, set[str]] = {}
     for r in results:
         for name, value in r["machine"]["peak"].items():
@@ -574,7 +565,7 @@ def reached(results: list[dict[str, Any]]) -> str:
 
 
 def insert(text: str, new: str, mark: str = "speed") -> str:
-    """The text with what stands between `<!-- speed -->` and `<!-- /speed -->` replaced; InputError without them."""
+    """The text, with `new` between its marks `<!-- speed -->` and `<!-- /speed -->`; InputError without them."""
     start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     if start not in text or end not in text:
         raise InputError(f"the file of --table needs a line {start.strip()} and after it one {end}")
@@ -582,7 +573,7 @@ def insert(text: str, new: str, mark: str = "speed") -> str:
 
 
 def other_rows(path: Path, about: dict[str, Any], again: set[str]) -> list[dict[str, Any]]:
-    """The rows of a file that are not measured again; InputError where machine, versions or settings were others."""
+    """A file's rows that aren't measured again; InputError if they have another machine, versions or settings."""
     try:
         rows = [r for r in json.loads(path.read_text(encoding="utf-8"))["rows"] if r["row"] not in again]
         others = {name for r in rows for name, value in about.items() if name != "peak" and r["machine"][name] != value}
@@ -618,15 +609,12 @@ def main() -> None:
     if args.list:
         return print("\n".join(names))
     rows = chosen(rows, args.rows)
-    if args.rounds < 7 and not args.alone:
-        raise InputError(f"--rounds must be 7 or more, not {args.rounds}: fewer say nothing about the spread")
+    check_flags(("--rounds", args.rounds >= 7 or args.alone, "7 or more: fewer say nothing about the spread"),
+                ("--threads", args.threads >= 1, "1 or more"), ("--drift", args.drift > 0, "above 0"),
+                ("--device", args.device == "cpu" or torch.cuda.is_available(), "cpu: there is no GPU"),
+                ("--json", args.json is None or args.json.parent.is_dir(), "in a folder that exists"))
     if args.table:
         insert(args.table.read_text(encoding="utf-8") if args.table.is_file() else "", "")
-    for flag, ok, legal in (("--threads", args.threads >= 1, "1 or more"), ("--drift", args.drift > 0, "above 0"),
-                            ("--device", args.device == "cpu" or torch.cuda.is_available(), "cpu: there is no GPU"),
-                            ("--json", args.json is None or args.json.parent.is_dir(), "in a folder that exists")):
-        if not ok:
-            raise InputError(f"{flag} must be {legal}")
     try:
         import diffusers
         import transformers
@@ -640,7 +628,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         args.work = args.work or Path(temporary)
-        # compilers begin from nothing, here and in every process started
+        # no compiler finds an earlier result, here and in the processes that are started
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(temporary) / "inductor")
         os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
         if args.alone:

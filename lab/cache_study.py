@@ -1,11 +1,11 @@
-"""How features change over the steps, which is why caches work, and quality against speed of caches on the tiny model.
+"""How the U-Net's features change over the steps, and the quality of pictures with caches against their speed.
 
     python -m lab.cache_study --curves                 # how the U-Net's features change over the steps, on any model
     python -m lab.cache_study --curves --measure       # also the exact score of every schedule, and pictures of some
 
-Start at `curves` and `arms`. Encoder and decoder are compared as in Faster Diffusion's paper, figures 2 and 3: how far
-each level's output moves from one step to the next. `Watch` stands in a cache's place and reuses nothing.
-Results made with the same settings and weights are kept; all numbers are in cache.json.
+Start at `curves` and `arms`. Encoder and decoder are compared as in figures 2 and 3 of Faster Diffusion's paper: how
+far each level's output moves from one step to the next. All numbers are in cache.json; those made with the same
+settings and weights are kept.
 Sources: Faster Diffusion, arXiv 2312.09608; DeepCache, arXiv 2312.00858, which has the same curves for its branch.
 """
 from dataclasses import dataclass, field, replace
@@ -32,10 +32,12 @@ from stable_diffusion import StableDiffusion
 
 @dataclass
 class Watch:
-    """Stands in a cache's place for one run: every unit runs, nothing is reused, and changes of outputs are noted.
+    """Takes a cache's place in one run: reuses nothing, and records how much each unit's output changes.
 
-    images: how many of the batch's last rows to look at: with guidance the first half follows the negative prompt.
-    moved, size: by call and unit, of every image: the change from the call before over its norm, root mean square.
+    images: the number of rows to record, the last ones of the batch; with guidance, the first half follows the negative
+        prompt.
+    moved: by call and unit, per image: the change since the call before, divided by the norm before.
+    size: likewise, the root mean square.
     """
     images: int
     call: int = 0
@@ -99,7 +101,7 @@ PRIMARY = "DeepCache b1 N5", "Faster paper"                            # as the 
 
 
 def arms(steps: int) -> dict[str, Arm]:
-    """What is compared, by name. "fewer steps" is the plain model at a cache's price."""
+    """What is compared, by name. The arms of group "fewer steps" save as much arithmetic as caches do."""
     gate, center, freeu = max(2 * steps // 5, 1), 3 * steps // 10, FreeU(*PRESETS[2]["tiny"])
     table = [Arm("base", "the plain model", {}), Arm("FreeU", "FreeU version 2, SD 1.4's factors", {"freeu": freeu})]
     table += [Arm(f"{steps // k} steps", f"the plain model with {steps // k} steps", {"steps": steps // k},

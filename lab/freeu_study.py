@@ -3,11 +3,10 @@
     python -m lab.freeu_study --model models/tiny --out out/freeu      # the figures, and all numbers in freeu.json
     python -m lab.freeu_study --search --measure                       # also searches for factors and measures all arms
 
-Start at `FIGURES`, a table of functions (runs, out) -> numbers; `search` and `measure` are the other two parts. They
-reach the U-Net only in FreeU's place, where anything can stand that sees backbone and skip: here `Recorder`, `Plain`
-and `ChannelChoice`. Results made with the same settings and weights are kept.
-Sources: FreeU, arXiv 2309.11497, whose figures have the same numbers here, and the talk on it. The amplitude is defined
-as in "How do vision transformers work?", arXiv 2202.06709, because FreeU's paper and code don't define theirs.
+Start at `FIGURES`, a table of functions (runs, out) -> numbers; `search` and `measure` are the other two parts.
+`Recorder`, `Plain` and `ChannelChoice` take the place of FreeU in the U-Net. Results made with the same settings and
+weights are kept. Sources: FreeU, arXiv 2309.11497, and the talk on it; figures have the paper's numbers. Amplitudes are
+those of "How do vision transformers work?", arXiv 2202.06709, because FreeU's paper and code don't define theirs.
 """
 import json
 import math
@@ -44,9 +43,9 @@ Factors = tuple[float, float, float, float]                            # b1, b2,
 def relative_log_amplitude(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Maps (B, C, H, W) -> frequencies in units of pi, log amplitude relative to frequency 0, and that by itself.
 
-    log |FFT|, averaged over images and channels, from the centre of the spectrum along its diagonal; a map that
-    isn't square is read at bins of (nearly) the same frequency on both axes. White noise has 0.3466 everywhere.
-    Read both curves: a filter that damps nothing but the mean lifts all of the relative one.
+    log |FFT|, averaged over images and channels, along the diagonal from the centre of the spectrum; in a map that
+    isn't square, at bins of nearly equal frequency on both axes. The relative curve of white noise is 0.3466.
+    Read both curves: a filter that damps only the mean raises the whole relative curve.
     """
     height, width = x.shape[-2:]
     n = min(height, width)
@@ -89,11 +88,12 @@ class Met(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Stands in FreeU's place for one run, does what `inner` does (None: nothing) and notes the maps.
+    """Takes FreeU's place in one run: does what `inner` does (None: nothing), and records the maps.
 
-    images: how many of the batch's last rows to look at: with guidance the first half follows the negative prompt.
-    calls: what met, by call and layer. The fused map of a layer is the backbone that enters the next one (at the end of
-    a level, after the upsampling).
+    images: the number of rows to record, the last ones of the batch; with guidance, the first half follows the negative
+        prompt.
+    calls: the maps by call and layer. A layer's fused map is the backbone that enters the next layer; at the end of a
+        level, after upsampling.
     """
     inner: Any = None
     images: int = 1
@@ -162,7 +162,7 @@ class ChannelChoice(FreeU):
 
 @dataclass
 class Runs:
-    """The pictures of the same prompts and seeds under any factors; each kind is sampled once."""
+    """Pictures of the same prompts and seeds with any factors, each sampled once."""
     sd: StableDiffusion
     prompts: list[str]
     settings: Row           # of `sd.sample`
@@ -187,7 +187,7 @@ class Runs:
         """The results (B, 3, H, W) in [0, 1]."""
         if freeu not in self.images_of:
             self.images_of[freeu] = self.sd.decode(self.latents(freeu)[-1]).cpu()
-            if freeu not in (None, self.preset):                       # the only ones whose way is looked at
+            if freeu not in (None, self.preset):                       # `latents` is asked for no others
                 del self.latents_of[freeu]
         return self.images_of[freeu]
 
@@ -356,7 +356,7 @@ FIGURES = {f.__name__: f for f in (denoising, spectra_over_steps, spectra_of_lay
 
 def make_figures(runs: Runs, out: Path, results: Results) -> None:
     """All figures as PNG files, and their numbers in the results; those made with the same settings are kept."""
-    pyplot()                                                           # better missed now than after minutes
+    pyplot()                                                           # refused now, not after minutes
     for name, figure in tqdm(FIGURES.items(), desc="figures", unit="figure"):
         def numbers(figure=figure) -> Row:
             made = json.dumps({"what": figure.__doc__, **figure(runs, out)})
@@ -372,10 +372,10 @@ LOW, HIGH = (0.8, 0.8, 0.0, 0.0), (1.8, 1.8, 1.2, 1.2)                 # where b
 
 def search(reward: Callable[[Factors], float], known: list[Factors], candidates: int,
            seed: int = 0) -> list[tuple[Factors, float]]:
-    """Random search, then refinement: (b1, b2, s1, s2) that were tried and their rewards, the best first.
+    """Random search, then refinement: all (b1, b2, s1, s2) that were tried with their rewards, the best first.
 
-    Tries what is `known`; half of the other candidates lie anywhere in LOW..HIGH, half near the best so far, ever
-    nearer. The reward is noisy, so that its maximum flatters: judge the winner on other pictures.
+    The `known` factors come first. Of the other candidates, half are uniform in LOW..HIGH; half lie around the best so
+    far, at a shrinking distance. The reward is noisy, and the best one's is too high: judge it on other pictures.
     """
     rng, low, high = np.random.default_rng(seed), np.array(LOW), np.array(HIGH)
     tried = [(factors, reward(factors)) for factors in known]
@@ -392,9 +392,9 @@ def search(reward: Callable[[Factors], float], known: list[Factors], candidates:
 
 
 def tune(sd: StableDiffusion, results: Results, settings: Row, candidates: int, n: int, seed: int) -> None:
-    """Searches by the exact score of n pictures per candidate, of other draws of prompts and noise than `measure`.
+    """Searches by the strict score of n pictures per candidate, with other prompts and noises than those of `measure`.
 
-    The world has few short sentences, so both draw some prompts alike: `measure` also counts without these.
+    This world has few short sentences, so some prompts are drawn in both: `measure` also counts without these.
     """
     prompts = mixed_prompts(n, seed=20_000 + seed)
 

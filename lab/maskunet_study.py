@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m lab.maskunet_study     # everything; the processes share the work
     python -m lab.maskunet_study --arms "base,working,masks 15" --seeds 1   # some of it, into the same folder
 
-Start at `RECIPES`, what is trained, and `ARMS`, what is judged. All trainings see the same latents, captions, times
-and noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json;
+Start at `RECIPES`, what is trained, and `ARMS`, what is judged. All trainings get the same latents, captions, times and
+noises; all arms draw the same prompts from the same noise. Tables are in maskunet.md, all numbers in maskunet.json;
 training.png shows score and density over the training. The training-free arms (`FREE`) maximise the reward of the
-model's CLIP, and the exact scorer judges them too. Weights and verdicts are kept in OUT/work, in folders named after
+model's CLIP; the strict score judges them too. Weights and verdicts are kept in OUT/work, in folders named after
 the model and all settings, so that nothing is done twice and a stopped run resumes.
 Sources: MaskUNet, arXiv 2505.03097; LoRA, arXiv 2106.09685; noise optimisation, ReNO, arXiv 2406.04312.
 """
@@ -47,9 +47,9 @@ from unet import Techniques, UNet, Weights
 # ------------------------------------------------------------------------------------------------------ what is trained
 
 class LoRA(nn.Module):
-    """W + 2 B A in the layers that masks act on, and in their place: settings, state of a run, and `Weights` in one.
+    """The weights W + 2 B A of the layers that masks act on. It takes the masks' place in `sample` and in the U-Net.
 
-    A is random and B is 0 at first; the factor 2 is that of MaskUNet's LoRA baseline (rank 256, alpha 512).
+    At first, A is random and B is 0. The factor 2 is that of MaskUNet's LoRA baseline (rank 256, alpha 512).
     """
 
     def __init__(self, unet: UNet, rank: int, seed: int = 0):
@@ -80,7 +80,7 @@ class LoRA(nn.Module):
 
 
 class Unmasked(nn.Module):
-    """What `train_denoiser` trains in the place of a `MaskedUNet`: another U-Net, or a LoRA of this one. Density 1."""
+    """Takes the place of `MaskedUNet` in `train_denoiser`: another U-Net, or this one with a LoRA. Its density is 1."""
 
     def __init__(self, unet: UNet, module: UNet | LoRA):
         super().__init__()
@@ -125,7 +125,7 @@ PARTS = (0.125, 0.25, 0.5)                         # of the steps, after which t
 
 
 class Use(NamedTuple):
-    """What an arm uses: a recipe's weights after a part of its steps, or random masks, or (neither) the plain model."""
+    """What an arm uses: the weights of a recipe after a part of its steps; random masks; or the plain model."""
     recipe: str | None = None
     mode: str = "sample"
     part: float = 1.0
@@ -169,7 +169,7 @@ class World(NamedTuple):
 
 @dataclass
 class Study:
-    """A study's model, data and settings; its methods do what isn't done yet and give what was found."""
+    """A study's model, data and settings. Its methods return results from files, and make those that are missing."""
     sd: StableDiffusion
     work: Path
     model: str                                     # what makes results its own: weights, versions
@@ -284,7 +284,7 @@ class Study:
     def differences(self, masks: Masks, times: tuple[int, ...] = (100, 300, 500, 700, 900)) -> dict[str, float]:
         """Mean |m - m'| of masks that differ in one thing: the time, the picture with its caption, or the noise drawn.
 
-        Likewise of their probabilities, where no noise hides what the network says.
+        The same for the probabilities of the masks, which have no noise.
         """
         sd, world, n = self.sd, self.validation_world, len(times)
         alphas = sd.config.schedule.alphas().to(sd.device)
@@ -333,7 +333,7 @@ def acting(masks: Masks | LoRA | None, unet: UNet, seeds: list[int]) -> Weights 
 
 @dataclass
 class Seen:
-    """Goes where a `MaskPass` goes, and keeps every mask that it makes, (n, weights of the layer)."""
+    """Takes the place of a `MaskPass`, and keeps every mask that it makes, (n, weights of the layer)."""
     inner: Any
     masks: list[Tensor] = field(default_factory=list)
 
@@ -374,9 +374,9 @@ def search_noise(study: Study, prompts: list[str], seeds: list[int], iterations:
                  lr: float = 5.0, clip: float = 0.1, weight: float = 0.01) -> Tensor:
     """ReNO: gradient ascent of the reward by the initial noise, through all steps of the sampler; the best is kept.
 
-    Nesterov's momentum, clipped gradients and the pull of the noise's norm to its likeliest value are ReNO's. An
-    iteration is a pass and a gradient of every step, as an iteration of the masks' search at every step is; both need
-    one more pass at the end.
+    As in ReNO, with Nesterov's momentum, clipped gradients, and a term that pulls the noise's norm to its likeliest
+    value. An iteration costs a forward and a backward pass per step, as much as one iteration per step of the search
+    for masks; both need one more forward pass at the end.
     """
     sd, side = study.sd, study.sd.config.size
     said, negative = sd.conditions(prompts, None, side, side), sd.conditions("", len(prompts), side, side)
@@ -482,7 +482,7 @@ def tables(trained: dict[str, Row], free: dict[str, Row]) -> str:
 
 
 def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
-    """The paper's figure 9b: score, loss and density of the working arm over its training."""
+    """The paper's figure 9b: score, loss and density of the working masks over their training."""
     points = [(0.0, "base"), *((part, f"working at {part:.3g}") for part in PARTS), (1.0, "working")]
     points = [(part * steps, table[name]) for part, name in points if name in table]
     x, panels = [step for step, _ in points], []

@@ -63,9 +63,9 @@ MODEL_CONFIG = ModelConfig(family="tiny", prediction="v", size=SIZE, schedule=No
 class Muon(torch.optim.Optimizer):
     """Momentum, where the update of every matrix is replaced by the nearest orthogonal one.
 
-    A convolution's weight counts as a matrix (C_out, C_in h w). The update is scaled to the size of a usual one of
-    AdamW, arXiv 2502.16982. Processes share the work: each makes the updates of its share of the matrices. (PyTorch's
-    own Muon refuses the weights of convolutions, and every process would make all updates.)
+    A convolution's weight counts as a matrix (C_out, C_in h w). The update is scaled to the usual size of AdamW's,
+    arXiv 2502.16982. Each process makes the updates of its share of the matrices. (PyTorch's own Muon refuses weights
+    of convolutions, and every process would make all updates.)
     """
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.05):
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(x: Tensor) -> Tensor:
     """(m, n) -> (m, n) with the same singular vectors and singular values near 1, by five steps of Newton-Schulz.
 
-    The steps act on the smaller Gram matrix alone, which is faster: all that is done to x commutes with it.
+    It iterates on the smaller Gram matrix and multiplies x by the result once, which is faster.
     """
     if len(x) > x.shape[1]:
         return orthogonal(x.mT).mT
@@ -108,7 +108,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 def begin(module: nn.Module, path: Path, device: torch.device, matrices: list[nn.Parameter] | None = None,
           memory: int = 2000) -> Training:
-    """A stage's training, with averaged weights. It goes on where the checkpoint `path` ends.
+    """A stage's training, with averaged weights. It resumes from the checkpoint `path`.
 
     matrices: these weights are trained by Muon, at twice the rate; all others by AdamW.
     """
@@ -136,9 +136,10 @@ class Reconstruct(nn.Module):
 
 
 def train_vae(work: Path, steps: int, batch: int, seed: int, device: torch.device) -> tuple[VAE, Training]:
-    """Reconstruct crops of crowded scenes, then, for the last quarter, whole pictures of the world.
+    """Reconstructs crops of crowded scenes; in the last quarter of the steps, whole pictures of the world.
 
-    Crops have many edges, which a loss over plain background doesn't see. Loss: L1 + L2 + L1 of the gradients / 2 + KL.
+    Crops have more edges than whole pictures, whose loss is mostly about plain background. The loss is L1 + L2 + half
+    the L1 of the gradients + 1e-5 KL.
     """
     with torch.random.fork_rng():
         torch.random.manual_seed(seed)                                 # initial weights
@@ -180,9 +181,9 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def standardize(vae: VAE, device: torch.device) -> None:
-    """Give every latent channel mean 0 and variance 1, by folding shift and scale into the 1x1 convolutions around it.
+    """Gives every latent channel mean 0 and variance 1: the 1x1 convolutions on both sides take shift and scale.
 
-    Pictures stay the same, `scaling` is 1, and the U-Net sees channels of equal weight.
+    Reconstructions stay the same, and `scaling` is 1.
     """
     rng = np.random.default_rng(0)
     images = np.stack([shapes.draw(shapes.random_scene(rng, split="train"), SIZE, SIZE) for _ in range(512)])
@@ -226,9 +227,9 @@ class TextImage(nn.Module):
 
 def hard_negatives(scene: shapes.Scene, request: shapes.Request, n: int, rng: np.random.Generator,
                    sides: bool = False) -> list[str]:
-    """n captions that differ from a true one in one thing (`sides`: in a place or relation) and are false.
+    """n false captions that differ from a true one in one thing; sides: in a place or relation.
 
-    None names what is held out: a combination that is always false would be learned as such.
+    None names what is held out: the model would learn that such a combination is always false.
     """
     found = []
     while len(found) < n:
@@ -241,11 +242,11 @@ def hard_negatives(scene: shapes.Scene, request: shapes.Request, n: int, rng: np
 def train_clip(scenes: list[shapes.Scene], neat: list[shapes.Scene], tokenizer: clip_text.Tokenizer, work: Path,
                steps: int, neat_steps: int, side_steps: int, batch: int, seed: int, device: torch.device,
                negatives: int = 3) -> tuple[ClipReward, Training]:
-    """Contrastive: a picture's own caption against the other captions of the batch and against nearly true ones.
+    """Contrasts a picture's own caption with the other captions of the batch and with hard negatives.
 
-    While neither tower knows sides, neither has a reason to learn them. So after `steps` half of every batch is a
-    lesson: captions say where objects lie, and what is nearly true errs in that. For `neat_steps` its pictures are
-    neat ones, then, for `side_steps`, any of one or two objects.
+    As long as neither tower knows sides, neither has a reason to learn them. So after `steps`, half of every batch is a
+    lesson: captions say where objects lie, and their hard negatives are wrong about that. The lesson's pictures are
+    neat ones for `neat_steps`, then, for `side_steps`, any pictures of one or two objects.
 
     Every process contrasts its own batch. Captions that happen to be true of another picture don't count against it.
     """
@@ -335,16 +336,16 @@ def world_latents(vae: VAE, scenes: list[shapes.Scene], path: Path, device: torc
 def train_unet(vae: VAE, clip: ClipReward, scenes: list[shapes.Scene], neat: list[shapes.Scene],
                tokenizer: clip_text.Tokenizer, work: Path, steps: int, batch: int, seed: int, device: torch.device,
                save_every: int, finish: Callable[[TextToVelocity, Training], None]) -> None:
-    """Predict v = sqrt(a) eps - sqrt(1 - a) x0 of noised latents from captions; a tenth is empty, for guidance.
+    """Trains text encoder and U-Net to predict v = sqrt(a) eps - sqrt(1 - a) x0 of noised latents from captions.
 
-    Matrices are trained by Muon. The rate is constant for `steps` and falls during half as many more.
+    A tenth of the captions is empty, for guidance. Muon trains the matrices. The rate is constant for `steps` and falls
+    during half as many more. The text encoder begins with CLIP's weights.
 
-    What "on the left" and "above" mean is hard to learn: objects show through the noise at nearly all times, so the
-    words matter only above t = 950. So some rows are lessons: neat scenes at times above 900, whose captions say where
-    objects lie. First an eighth of the rows, then, for the steps of `LESSON`, all, and a quarter from then on.
+    Words for sides are hard to learn: objects are visible in the noise at nearly all times, so these words matter only
+    above t = 950. So some rows are lessons: neat scenes at times above 900, whose captions say where objects lie. These
+    are an eighth of the rows at first, all rows in the steps of `LESSON`, and a quarter afterwards.
 
-    The text encoder begins with CLIP's weights and is trained with the U-Net. finish(averaged weights, run): at each
-    checkpoint.
+    finish(model with averaged weights, run): called at each checkpoint.
     """
     plain = world_latents(vae, scenes, work / f"latents-{rank()}.safetensors", device)
     lined_up = world_latents(vae, neat, work / f"neat-{rank()}.safetensors", device)
@@ -369,8 +370,8 @@ def train_unet(vae: VAE, clip: ClipReward, scenes: list[shapes.Scene], neat: lis
         ids, _ = tokenizer(captions, TEXT_CONFIG.length, TEXT_CONFIG.pad)
         z, eps = torch.from_numpy(rng.standard_normal((2, batch, *mean.shape[1:]), np.float32)).to(device)
         x0 = mean[rows].float().to(device) + std[rows].float().to(device) * z
-        # Shape, number and place are decided at high noise: such times are drawn more often. The highest, where little
-        # can be known, weigh less (down to a tenth), except in a lesson.
+        # High noise decides shape, number and place, so such times are drawn more often. The highest times weigh less
+        # (down to a tenth), because little can be predicted there; not in lessons.
         u = rng.random(batch)
         t = torch.from_numpy(np.where(lesson, 900 + 100 * u, 1000 * u ** 0.6).astype(np.int64)).to(device)
         a = alphas[t][:, None, None, None]
@@ -392,9 +393,7 @@ def train_unet(vae: VAE, clip: ClipReward, scenes: list[shapes.Scene], neat: lis
 
 
 def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
-    """Shares of right pictures of a few prompts of each kind and half, other prompts than the benchmark's.
-
-    Every process draws its share of them.
+    """The scores of a few prompts of each kind and half, other prompts than the benchmark's; the processes share them.
     """
     rows = [row for kind in shapes.KINDS for seen in (True, False)
             for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
