@@ -16,7 +16,7 @@ from command import InputError, replacing
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture's file, of which only the header is read yet. InputError for whatever Pillow can't read."""
+    """An open picture file, of which Pillow has read only the header. InputError for what Pillow can't read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)        # memory is checked elsewhere

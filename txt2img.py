@@ -4,7 +4,7 @@
     python txt2img.py "a photograph of an astronaut riding a horse" --model models/sd15 --steps 30 --seed 1
 
 Start at `main`. `TECHNIQUES` is the table of all techniques; their flags, checks, help and metadata are made from their
-dataclasses by `settings.py`. What can be known to be wrong is said before gigabytes are loaded.
+dataclasses by `settings.py`. Wrong input is refused before weights are loaded.
 """
 import argparse
 import json
@@ -58,21 +58,21 @@ from settings import Kinds, describe, read, write
 from stable_diffusion import StableDiffusion, plan_run
 from vae import tile_side
 
-# flag and argument of `StableDiffusion.sample`: (name in a picture's metadata, kinds, what --help says)
+# by flag, which is also the argument of `StableDiffusion.sample`: (title in a picture's metadata, kinds, help)
 TECHNIQUES: dict[str, tuple[str, Kinds, str]] = {
-    "freeu": ("FreeU", {"": FreeU}, "more of the backbone, less of the skips; alone: the published factors"),
+    "freeu": ("FreeU", {"": FreeU}, "more of the backbone, less of the skips; without settings: published factors"),
     "skips": ("Skips", {"tuning": SkipTuning, "scalelong": ScaleLong}, "factors on skips: tuning,0.9 or scalelong,0.8"),
     "cache": ("Cache", {"deepcache": DeepCache, "faster": FasterDiffusion, "inherit": Inherit},
               "run a part of the U-Net at most steps: deepcache,3 or faster,keys=5 or inherit,mid:u0-u2"),
-    "tgate": ("T-GATE", {"": TGate}, "the text acts in the first steps alone: 10 or 10,guidance=keep"),
+    "tgate": ("T-GATE", {"": TGate}, "use the text in the first steps only: 10 or 10,guidance=keep"),
     "masks": ("Masks", {"": MaskFile, "random": RandomMasks, "search": MaskSearch},
               "MaskUNet: masks.safetensors, or random,0.05 or search,clip"),
     "freescale": ("FreeScale", {"": FreeScale}, "pictures beyond the model's size: 2 or 512x512:1024x1024"),
     "highres": ("Highres", {"scalecrafter": ScaleCrafter, "hidiffusion": HiDiffusion, "demofusion": DemoFusion},
                 "other ways to -W, -H beyond the model's size: scalecrafter, hidiffusion or demofusion"),
 }
-SAVING = ("cache", "tgate")                      # what --compare leaves out of the picture that it compares with
-OLD_FLAGS = {                                    # how flags of the last release are written now; {}: name=...
+SAVING = ("cache", "tgate")                      # the techniques that --compare switches off in its second picture
+OLD_FLAGS = {                                    # the new spelling of the last release's flags; {}: name=...
     "--freeu-": "--freeu 1.3,1.4,0.9,0.2,{}", "--skip-tuning": "--skips tuning,BOTTOM,TOP",
     "--scale-long": "--skips scalelong,KAPPA", "--cache-noise": "--cache faster,alpha=...",
     "--cache-": "--cache KIND,{}", "--tgate-": "--tgate STEP,{}", "--mask-random": "--masks random,RATIO",
@@ -107,7 +107,7 @@ def make_parser() -> ArgumentParser:
     add("--width", "-W", type=int, metavar="PIXELS", help="(default: the model's own)")
     add("--height", "-H", type=int, metavar="PIXELS", help="(default: the model's own)")
     add("--n", type=int, default=1, help="pictures per prompt")
-    add("--seed", type=int, default=0, help="of the first picture; picture k has seed + k; -1: a random one")
+    add("--seed", type=int, default=0, help="seed of the first picture; picture k has seed + k; -1: a random one")
     add("--out", type=file_path, metavar="PATH",
         help="a .png, or a folder for 00000_SEED.png, ... (default: out.png; out with --from-file)")
     add("--grid", action="store_true", help="also write all pictures as one sheet")
@@ -115,7 +115,7 @@ def make_parser() -> ArgumentParser:
     add("--model", type=file_path, metavar="FOLDER", default=TINY, help="written by convert_weights.py")
     add("--steps", "-s", "--num-inference-steps", type=int, default=30, help="denoising steps per picture")
     add("--sampler", type=sampler_name, metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's, or ddim)")
-    add("--spacing", metavar="RULE", help="of the times: leading, linspace or trailing (default: the model's)")
+    add("--spacing", metavar="RULE", help="timesteps: leading, linspace or trailing (default: the model's)")
     add("--eta", type=float, default=0.0, help="noise added at every step: 0 none, 1 as in DDPM")
     add("--cfg-scale", "--scale", "--guidance-scale", type=float, metavar="SCALE",
         help="guidance; 1: none, 0: the negative prompt alone (default: the model's, or 7.5)")
@@ -124,7 +124,7 @@ def make_parser() -> ArgumentParser:
     add("--dtype", choices=DTYPES, help="(default: float16 on a GPU, float32 elsewhere)")
     add("--batch-size", type=int, metavar="N", default=1, help="pictures at a time")
     add("--low-memory", action="store_true", help="less memory on the device, slower")
-    add("--vae-tile", type=int, metavar="SIDE", help="of VAE tiles in latent pixels, 0: none (default: by size)")
+    add("--vae-tile", type=int, metavar="SIDE", help="of the VAE's tiles, in latent pixels; 0: none (default: by size)")
     add("--compile", action="store_true", help="torch.compile the U-Net: minutes at first")
     add("--verify", action="store_true", help="compare the model's files with their digests")
     add = parser.add_argument_group("techniques, with their settings: values in order, then name=value").add_argument
@@ -154,7 +154,7 @@ def sampler_name(text: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked, with the model's config and all defaults. InputError for what can't be obeyed."""
+    """The command line, checked; see `check_arguments` for what is filled in. The prompt may stand anywhere."""
     argv = sys.argv[1:] if argv is None else argv
     flags = argv[:argv.index("--")] if "--" in argv else argv
     prompts, flags = argv[len(flags) + 1:], [re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), text)
@@ -183,7 +183,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with what follows from others filled in; InputError for what can be known to be wrong already."""
+    """Fills in the defaults, the model's config and the plan of the run. InputError for what can't be obeyed."""
     check_flags(("--n", 1 <= args.n <= MOST, f"1 to {MOST}"), ("--batch-size", args.batch_size >= 1, "1 or more"),
                 ("--strength", args.strength is None or 0 <= args.strength <= 1, "between 0 and 1"),
                 ("--seed", -1 <= args.seed <= 2 ** 63 - args.n, f"0 to {2 ** 63 - args.n}, or -1 for a random one"),
@@ -219,12 +219,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     args.height, args.width = sizes[0] if sizes else (args.height, args.width)
     check_size(8 if args.height is None else args.height, 8 if args.width is None else args.width)
     args.strength = 0.8 if args.strength is None else args.strength
-    for name, text in (("the prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{name} has bytes that are no UTF-8 text: {text!r}") from None
-        refuse(("\0" in (text or ""), f"{name} has a NUL"))
+    refuse(*((re.search(r"[\0\ud800-\udfff]", text or ""), f"{name} has a NUL or bytes that are no UTF-8: {text!r}")
+             for name, text in (("the prompt", args.prompt), ("--negative-prompt", args.negative_prompt))))
     redrawn = args.strength if args.init_image and args.freescale is None else None
     args.plan, args.cfg_scale = plan_run(config, args.steps, args.sampler, args.cfg_scale, args.negative_prompt,
                                          args.eta, args.spacing, redrawn)
@@ -252,15 +248,15 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
            (len(prompts) * args.n > MOST, f"{len(prompts) * args.n} pictures are too many; at most {MOST} per command"))
     unread = list(dict.fromkeys(UNREAD.findall("\n".join([*prompts, args.negative_prompt or ""]))))
     if unread:
-        warnings.warn(f"{', '.join(unread[:3])}: read as plain words; there are no prompt weights, LoRA and embeddings "
-                      "here", stacklevel=2)
+        warnings.warn(f"read as plain words: {', '.join(unread[:3])}; prompt weights, LoRA and embeddings are not "
+                      "supported", stacklevel=2)
     return [prompt for prompt in prompts for _ in range(args.n)]
 
 
 def bind_techniques(args: argparse.Namespace, config: ModelConfig, height: int, width: int) -> dict[str, Any]:
-    """The techniques that the flags ask for, with all that the model's config says; InputError where they don't fit it.
+    """The techniques of the flags, completed from the model's config. InputError if they don't fit this model or run.
 
-    height, width: the picture's without FreeScale, and of FreeScale's first stage.
+    height, width: of the picture or, with FreeScale, of its first stage.
     """
     techniques = {name: getattr(args, name) for name in TECHNIQUES if getattr(args, name) is not None}
     native, unloaded = config.size // config.vae.factor, SimpleNamespace(config=config)
@@ -289,11 +285,11 @@ def reward_folders(args: argparse.Namespace) -> list[Path]:
 
 def check_memory(args: argparse.Namespace, techniques: dict[str, Any], height: int, width: int, images: int,
                  device: torch.device) -> None:
-    """InputError for pictures of this size that the device's free memory can't hold, with the flags that help.
+    """InputError, with the flags that help, if the device's free memory can't hold pictures of this size.
 
-    Only what is sure not to fit is refused. The plan is left out where rough bounds are enough: 40 times the least, and
-    what a VAE needs without tiles. It doesn't count what a device's libraries take for themselves, masks, what a search
-    keeps for its gradients, and the features that caches and T-GATE reuse.
+    Rough bounds come first: the least that is needed; and the most, 40 times as much, plus a VAE without tiles. If the
+    free memory lies between them, `plan_stages` decides. Not counted: the memory of the device's libraries, masks, what
+    a search keeps for its gradients, and what caches and T-GATE keep. So what is refused would certainly not fit.
     """
     free, config, guided = free_memory(device), args.config, args.cfg_scale != 1
     if free is None:
@@ -344,9 +340,9 @@ def compared(path: Path) -> Path:
 
 
 def finished(path: Path, parameters: str) -> bool:
-    """Whether an earlier run made this picture, by its text of settings; InputError for another one in its place.
+    """Did an earlier run make this picture with these settings? InputError if another picture is in its place.
 
-    The text has only the name of the model's folder, and digests of other files.
+    The settings contain only the name of the model's folder, but digests of other files.
     """
     there = path.exists()
     refuse((there and read_parameters(path) != parameters,

@@ -193,7 +193,8 @@ def test_what_a_picture_says_of_a_technique_makes_the_same_picture(name, text, n
 
     def draw(*flag: str) -> tuple[np.ndarray, str]:
         size = ["-W", 64] if name == "highres" else []
-        code, _, stderr = command(main, "a circle", "--model", narrow, "--steps", 5, "--out", out, *size, *flag)
+        steps = 3 if name == "freescale" else 5
+        code, _, stderr = command(main, "a circle", "--model", narrow, "--steps", steps, "--out", out, *size, *flag)
         assert code == 0, stderr
         return np.asarray(Image.open(out)), Image.open(out).text["parameters"]
     title, (plain, _) = TECHNIQUES[name][0], draw()

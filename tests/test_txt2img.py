@@ -166,17 +166,20 @@ def test_seed_minus_one_draws_a_seed_and_prints_it(run, tmp_path):
     assert seeds[0] != seeds[1] and f"Seed: {seeds[1]}," in parameters(tmp_path / "p.png")
 
 
-def test_two_processes_make_the_same_files_as_one(run, narrow, tmp_path):
+def test_the_processes_of_torchrun_make_the_files_of_one_process(run, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\na red circle\na blue circle\n")
-    common = ("--from-file", prompts, "--steps", 2, "--sampler", "euler-a", "--model", narrow)
-    run(*common, "--out", tmp_path / "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    ROOT / "txt2img.py", *map(str, common), "--out", tmp_path / "two"], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    names = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert names == sorted(p.name for p in (tmp_path / "two").iterdir()) and len(names) == 3
-    assert all(np.array_equal(pixels(tmp_path / "one" / n), pixels(tmp_path / "two" / n)) for n in names)
+    common = ("--from-file", prompts, "--steps", 2, "--sampler", "euler-a", "--out")
+    run(*common, tmp_path / "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")                              # as torchrun does
+    for rank, count in ((1, 1), (0, 3)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(*common, tmp_path / "two")[0] == 0 and len(list((tmp_path / "two").iterdir())) == count
+    for made in (tmp_path / "one").iterdir():
+        assert np.array_equal(pixels(made), pixels(tmp_path / "two" / made.name))
+    for flag in (["--grid"], ["--seed", -1]):
+        code, _, stderr = run(*common, tmp_path / "three", *flag)
+        assert code == 2 and "torchrun" in stderr
 
 
 def test_stopping_a_batch_keeps_the_finished_files_and_nothing_half_written(run, tmp_path, monkeypatch):
@@ -243,7 +246,7 @@ def test_the_prompt_may_stand_anywhere(line):
 def test_what_other_programs_read_in_a_prompt_is_named_where_it_is_not_read(run, tmp_path):
     out = ("--steps", 1, "--out", tmp_path / "p.png")
     code, _, stderr = run("a (red:1.4) circle <lora:x:0.8>", "--negative-prompt", "embedding:bad", *out)
-    assert code == 0 and "note: (red:1.4), <lora:x:0.8>, embedding:bad: read as plain words; there are no" in stderr
+    assert code == 0 and "note: read as plain words: (red:1.4), <lora:x:0.8>, embedding:bad; prompt weights," in stderr
     assert "read as plain words" not in run("a circle (red)", *out)[2]
 
 
@@ -372,9 +375,9 @@ def test_compare_clocks_nothing_that_is_drawn_for_the_first_time(run, tmp_path, 
 # ------------------------------------------------------------------------------------------------------- large pictures
 
 def test_freescale_doubles_up_to_the_factor(drawn):
-    shown, text = drawn("--steps", 3, "--freescale", 4, "--width", 40, "--cache", "deepcache", "--freeu")
-    assert shown.shape == (128, 160, 3) and "Size: 160x128" in text
-    assert 'FreeScale: "resolutions=40x32:80x64:160x128,native=8"' in text
+    shown, text = drawn("--steps", 3, "--freescale", 4, "-W", 24, "-H", 16, "--cache", "deepcache", "--freeu")
+    assert shown.shape == (64, 96, 3) and "Size: 96x64" in text
+    assert 'FreeScale: "resolutions=24x16:48x32:96x64,native=8"' in text
 
 
 def test_low_memory_draws_the_same_picture(drawn):
@@ -497,8 +500,8 @@ def one_line(stderr: str, words: str) -> bool:
     (["a circle", "--eta", "2"], "eta must be between 0 and 1"),
     (["a circle", "--eta", "1", "--sampler", "dpm++2m"], "dpm++2m is deterministic: leave eta at 0"),
     (["a circle", "--eta", "0.5", "--sampler", "heun"], "heun is deterministic: leave eta at 0"),
-    (["caf\udce9"], "the prompt has bytes that are no UTF-8 text"),
-    (["a circle", "--negative-prompt", "\udce9"], "--negative-prompt has bytes that are no UTF-8 text"),
+    (["caf\udce9"], "the prompt has a NUL or bytes that are no UTF-8"),
+    (["a circle", "--negative-prompt", "\udce9"], "--negative-prompt has a NUL or bytes that are no UTF-8"),
     (["a circle", "--out", "f" * 245 + ".png"], "is too long"),
     (["a circle", "--vae-tile", "4"], "--vae-tile must be 0, or 8 or more"),
     (["a circle", "--n", "0"], "--n must be 1 to 100000"),
