@@ -173,10 +173,9 @@ def draw(results: Results, table: list[Arm], n: int, path: Path) -> None:
     groups = dict.fromkeys(arm.group for arm in table if arm.base == "base" and arm.group)
     for k, group in enumerate(groups):
         of = sorted((measured[arm.name] for arm in table if arm.group == group), key=lambda row: row["arithmetic"])
-        x, lead = [row["arithmetic"] for row in of], [row["over base"] for row in of]
+        x = [row["arithmetic"] for row in of]
         style = dict(label=group, fmt="os^"[k % 3] + ("-", "--")[k >= 10], color=f"C{k % 10}")
-        error = [[row["mean"] - row["low"] for row in lead], [row["high"] - row["mean"] for row in lead]]
-        leads.append(line(x, [row["mean"] for row in lead], **style, error=error))
+        leads.append(line(x, [study.Estimate(**row["over base"]) for row in of], **style))
         likeness.append(line(x, [row["PSNR"] for row in of], **{**style, "label": None}))
     leads.append(line([1, max(row["x"].max() for row in leads)] if leads else [1, 1], [0, 0], None, ":", "gray"))
     axes = dict(xlabel="times less arithmetic", xscale="log")

@@ -488,10 +488,8 @@ def draw_curve(table: dict[str, Row], steps: int, path: Path) -> None:
     x, panels = [step for step, _ in points], []
     for what in ("over base", "loss over base"):
         values = [row.get(what, Estimate(0.0, 0.0, 0.0, 0)) for _, row in points]
-        error = [[value.mean - value.low for value in values], [value.high - value.mean for value in values]]
         panels.append((dict(xlabel="training steps", ylabel=f"{'score ' * (what == 'over base')}{what}, 95 % paired"),
-                       [line(x, [value.mean for value in values], fmt="o-", error=error),
-                        line(x, [0 * step for step in x], fmt=":", color="gray")]))
+                       [line(x, values, fmt="o-"), line(x, [0 * step for step in x], fmt=":", color="gray")]))
     panels.append((dict(xlabel="training steps", ylabel="part of the masked weights that is kept"),
                    [line(x, [np.mean(row["density"]) for _, row in points], fmt="o-", color="C1")]))
     lab_study.plot([panels], "Learned masks over their training", path)

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command import ArgumentParser, HelpFormatter, InputError, check_device, check_flags, replacing
-from folder import TINY, read_config
+from folder import TINY, digests, read_config, read_json
 from sampler import SAMPLERS, plan
 from stable_diffusion import StableDiffusion
 
@@ -53,13 +53,12 @@ class Arm:
 def declare(arms: Iterable[Arm], prompts: Sequence[str], seed: int) -> Row:
     """What is fixed before the first picture; it is printed, and belongs into the results."""
     primary = [f"{arm.name} over {arm.base}" for arm in arms if arm.primary]
-    print(f"declared before the run: strict score, {', '.join(primary) or 'no primary comparison'}; all others are "
-          "exploratory; "
-          f"{len(prompts)} pictures per arm, the same prompts and seeds; p corrected over all arms (Holm); the same: "
-          f"95 % interval within {MARGIN:g}", flush=True)
-    return {"primary": primary, "score": "strict", "margin": MARGIN, "correction": "Holm, over all arms",
-            "arms": {arm.name: arm.text for arm in arms}, "seeds": [seed, seed + len(prompts) - 1],
-            "prompts": list(prompts)}
+    rules = (f"strict score, {', '.join(primary) or 'no primary comparison'}; all other comparisons are exploratory; "
+             f"{len(prompts)} pictures per arm with the same prompts and seeds; p corrected over all arms (Holm); the "
+             f"same: 95 % interval within {MARGIN:g}")
+    print(f"declared before the run: {rules}", flush=True)
+    return {"rules": rules, "primary": primary, "margin": MARGIN, "arms": {arm.name: arm.text for arm in arms},
+            "seeds": [seed, seed + len(prompts) - 1], "prompts": list(prompts)}
 
 
 def to_json(value: Any) -> Any:
@@ -144,12 +143,8 @@ def write_text(path: Path, text: str) -> None:
 
 def digest(folder: Path) -> str:
     """A short name for all weights and settings of a model folder."""
-    found = hashlib.sha256()
-    for file in sorted([*folder.rglob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
-        with file.open("rb") as handle:
-            while chunk := handle.read(1 << 20):
-                found.update(chunk)
-    return found.hexdigest()[:16]
+    found = [digests(place, read_json(place / "config.json")) for place in (folder, folder / "clip") if place.is_dir()]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -320,13 +315,19 @@ def pyplot() -> Any:
     except ImportError:
         raise InputError("the figures need matplotlib: pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams.update({
+        "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+        "figure.titlesize": 10, "axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 3, "errorbar.capsize": 2})
     import matplotlib.pyplot
     return matplotlib.pyplot
 
 
-def line(x: Any, y: Any, label: str | None = None, fmt: str = "-", color: Any = None, error: Any = None,
-         width: float = 1.3) -> Row:
-    """fmt: matplotlib's line style and marker. error: (2, n), how far the interval reaches below and above y."""
+def line(x: Any, y: Any, label: str | None = None, fmt: str = "-", color: Any = None, width: float = 1.3) -> Row:
+    """y: numbers, or estimates, which are drawn with their intervals. fmt: matplotlib's line style and marker."""
+    error = None
+    if isinstance(y, Sequence) and y and isinstance(y[0], Estimate):
+        error = [[of.mean - of.low for of in y], [of.high - of.mean for of in y]]
+        y = [of.mean for of in y]
     return dict(x=np.asarray(x), y=np.asarray(y), label=label, fmt=fmt, color=color, yerr=error, linewidth=width)
 
 
@@ -339,20 +340,16 @@ def plot(panels: list[list[tuple[Row, list[Row]]]], title: str, path: Path, size
     rows, columns = len(panels), len(panels[0])
     figure, axes = pyplot().subplots(rows, columns, figsize=(size * columns + 0.5, 0.85 * size * rows + 0.6),
                                      squeeze=False, sharey="row" if share else False, layout="constrained")
-    for axis, (look, lines) in zip(axes.flat, (panel for row in panels for panel in row)):
+    for axis, (look, lines) in zip(axes.flat, sum(panels, [])):
         for of in lines:
-            axis.errorbar(**of, markersize=3, capsize=2)
+            axis.errorbar(**of)
         axis.set(**look)
-        axis.tick_params(which="both", labelsize=7)
-        axis.grid(alpha=0.25)
-        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
-            text.set_fontsize(8)
     if legend:
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     for axis in axes[0]:
         if not legend and axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=6, framealpha=0.5)
-    figure.suptitle(title, fontsize=10)
+            axis.legend(framealpha=0.5)
+    figure.suptitle(title)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
     pyplot().close(figure)

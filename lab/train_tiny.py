@@ -12,7 +12,6 @@ resuming it with more steps; fewer steps than it has done make it fall at once.
 Source: latent diffusion, arXiv 2112.10752, sections 3.1 and 3.2; classifier-free guidance, arXiv 2207.12598;
 v-prediction, arXiv 2202.00512; Muon, https://kellerjordan.github.io/posts/muon and arXiv 2502.16982.
 """
-import argparse
 import hashlib
 import json
 from collections.abc import Callable
@@ -34,8 +33,8 @@ import clip_text
 import reward
 from checkpoint import open_safetensors
 from clip_text import TextEncoder
-from command import ArgumentParser, replacing, run_command
-from folder import ModelConfig, write_config
+from command import ArgumentParser, HelpFormatter, replacing, run_command
+from folder import TINY, ModelConfig, write_config
 from lab import shapes, study
 from lab.evaluate import draw, judged
 from lab.study import line
@@ -435,24 +434,21 @@ def write_folder(out: Path, vae: VAE, clip: ClipReward, model: TextToVelocity, f
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("models/tiny"), help="model folder to write (%(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume (%(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=2200, help="optimiser steps of stage 1 (%(default)s)")
-    parser.add_argument("--clip-steps", type=int, default=3000, help="optimiser steps of stage 2 (%(default)s)")
-    parser.add_argument("--clip-neat-steps", type=int, default=1500, help="then, about neat sides (%(default)s)")
-    parser.add_argument("--clip-side-steps", type=int, default=6000, help="then, about any sides (%(default)s)")
-    parser.add_argument("--steps", type=int, default=28_000, help="optimiser steps of stage 3 at a constant rate; half "
-                        "as many follow at a falling one (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures per step and process (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=60_000, help="different scenes per process (%(default)s)")
-    parser.add_argument("--parts", type=Path, metavar="FOLDER", help="take autoencoder and CLIP from this model folder")
-    parser.add_argument("--save-every", type=int, default=500, help="steps of stage 3 from save to save (%(default)s)")
-    parser.add_argument("--score-every", type=int, default=2000, help="steps between scores (%(default)s)")
-    parser.add_argument("--score-n", type=int, default=16, help="prompts judged, per kind and half (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--curve", type=Path, metavar="PNG", help="instead: draw the score of OUT against samples")
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=TINY, help="model folder to write")
+    add("--work", type=Path, default=Path("data/tiny"), help="checkpoints, to resume")
+    add("--parts", type=Path, metavar="FOLDER", help="take autoencoder and CLIP from this model folder")
+    for name, default, text in (
+            ("vae-steps", 2200, "optimiser steps of stage 1"), ("clip-steps", 3000, "optimiser steps of stage 2"),
+            ("clip-neat-steps", 1500, "then, about neat sides"), ("clip-side-steps", 6000, "then, about any sides"),
+            ("steps", 28_000, "optimiser steps of stage 3 at a constant rate; half as many follow at a falling one"),
+            ("batch", 32, "pictures per step and process"), ("scenes", 60_000, "different scenes per process"),
+            ("save-every", 500, "steps of stage 3 between checkpoints"), ("score-every", 2000, "steps between scores"),
+            ("score-n", 16, "prompts judged, per kind and half"), ("seed", 0, "of weights, scenes and noise")):
+        add(f"--{name}", type=int, default=default, help=text)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the training")
+    add("--curve", type=Path, metavar="PNG", help="instead: draw the score of OUT against samples")
     args = parser.parse_args()
     if args.curve:
         return draw_curve(json.loads((args.out / "training.json").read_text()), args.curve)

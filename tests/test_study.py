@@ -1,5 +1,6 @@
 """lab/study.py: intervals cover and correct, results resume and are refused when stale, sheets have their layout."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -157,12 +158,15 @@ def test_processes_share_rows_and_the_last_one_has_all(tmp_path):
     assert make_rows(tmp_path / "r", {}, 5, 2, make, rank=0, world=2) == [{"k": k} for k in range(5)]
 
 
-def test_the_digest_sees_every_weight_of_the_folder(tmp_path):
-    for name in ("unet.safetensors", "text_encoder.safetensors", "config.json", "tokenizer.json"):
-        (tmp_path / name).write_text(name)
-    first = digest(tmp_path)
-    (tmp_path / "text_encoder.safetensors").write_text("changed")
-    assert digest(tmp_path) != first
+def test_the_digest_sees_every_weight_of_the_folder(tmp_path, world):
+    shutil.copytree(world, tmp_path / "model")
+    first = digest(tmp_path / "model")
+    assert first == digest(world)
+    for file in ("text_encoder.safetensors", "clip/image_encoder.safetensors", "tokenizer.json", "config.json"):
+        before, path = (tmp_path / "model" / file).read_bytes(), tmp_path / "model" / file
+        path.write_bytes(before.replace(b"1", b"2"))
+        assert digest(tmp_path / "model") != first, file
+        path.write_bytes(before)
 
 
 # Tables, sheets, curves, flags
@@ -189,7 +193,9 @@ def test_a_sheet_has_its_pictures_where_they_belong(tmp_path):
 
 def test_a_plot_is_a_png(tmp_path):
     pytest.importorskip("matplotlib", reason="the plots need matplotlib (requirements-dev.txt)")
-    lines = [line([1, 2], torch.tensor([1.0, 2.0]), "a", error=[[0, 1], [1, 0]]), line([1, 2], [0, 0], fmt=":")]
+    leads = line([1, 2], [Estimate(1, 0.5, 3, 9), Estimate(2, 1, 4, 9)], "a")
+    assert leads["y"].tolist() == [1, 2] and leads["yerr"] == [[0.5, 1], [2, 2]]
+    lines = [leads, line([1, 2], torch.tensor([0.0, 1.0]), fmt=":")]
     plot([[(dict(title="t", xscale="log"), lines)] * 2], "title", tmp_path / "p.png", legend=True)
     assert Image.open(tmp_path / "p.png").width > 500
 
