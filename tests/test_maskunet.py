@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from maskunet import (
     DynamicMasks,
     Gumbel,
     Lift,
+    MaskFile,
     MaskGenerator,
     MaskRun,
     Masks,
@@ -331,12 +333,6 @@ def test_noise_does_not_depend_on_what_else_is_drawn():
             assert torch.equal(MaskRun(Masks(masks), unet, [seed]).at((i,), (half,)).of(layer), weight)
 
 
-def test_a_picture_depends_on_its_own_seed_only():
-    for masks in (Masks(random_dynamic(UNETS[NARROW])), RandomMasks(0.2)):
-        together, alone = (trajectory(masks, seeds=seeds, steps=3)[-1] for seeds in ((0, 1, 2), (1,)))
-        assert (together[1:2] - alone).abs().max() <= 1e-4 * alone.abs().max()
-
-
 def test_masks_take_nothing_from_the_loops_noise():
     plain, masked = (trajectory(masks, sampler="euler-a", steps=3)[-1] for masks in (
         None, Masks(DynamicMasks(UNETS[NARROW]).requires_grad_(False))))
@@ -357,14 +353,20 @@ def test_random_masks_drop_the_asked_ratio_by_chance_or_a_window_of_neighbouring
             assert all(d.max() - d.min() < 0.2 * every for d in dropped)
             assert abs(dropped[0].mean() - dropped[1].mean()) > 0.01
             assert w.weight[scattered].max() - w.weight[scattered].min() > 0.9 * every
+    places = RandomMasks(0.5, window=True).logits("", nn.Linear(2, 2), None, torch.arange(100))
+    assert len(places.unique(dim=0)) == 3                              # of two neighbours among four values
 
 
-def test_each_layer_has_a_window_of_its_own():
-    run = MaskRun(Masks(RandomMasks(0.1, window=True)), UNETS[NARROW], [0])
-    masks, starts = run.at((0,), (0,)), set()
-    for layer in [layer for layer in run.places if layer.weight.shape == (16, 16)]:
-        starts.add(int((layer.weight < layer.weight[masks.of(layer) == 0].min()).sum()))
-    assert len(starts) > 20
+def test_random_masks_are_the_same_for_both_branches_and_new_in_each_layer_and_at_each_step_unless_fixed():
+    run = SimpleNamespace(network=lambda name: UNETS[NARROW], generators=seeded(0))
+    for masks in (RandomMasks(0.1), RandomMasks(0.1, window=True), RandomMasks(0.1, window=True, fixed=True)):
+        state = masks.start(run)
+        layers = [layer for layer in state.places if layer.weight.shape == (16, 16)]
+        first, other, later = (state.at((i,), (half,)) for i, half in ((0, 0), (0, 1), (1, 0)))
+        assert torch.equal(first.of(layers[0]), other.of(layers[0]))
+        assert torch.equal(first.of(layers[0]), later.of(layers[0])) == masks.fixed
+        lowest = [layer.weight[first.of(layer) == 0].min() for layer in layers]
+        assert len({int((layer.weight < low).sum()) for layer, low in zip(layers, lowest)}) > 5
 
 
 # ------------------------------------------------------------------------------------------------------ what can learn
@@ -381,12 +383,14 @@ def test_the_lift_is_two_convolutions_and_of_low_rank():
     for k, p in enumerate(lift.parameters()):
         nn.init.normal_(p, generator=seeded(k)[0])
     assert torch.linalg.matrix_rank(lift(core.double())[0]) == 4 + 2
+    network = MaskGenerator(256, 64, 32, "working", True, True)        # Kaiming's normal weights, as released
+    assert abs(network.fc1.weight.std() / math.sqrt(2 / 256) - 1) < 0.05
 
 
 def gradient_steps(init: str) -> dict[str, int]:
     """At which of four optimiser steps each tensor of block 1 first has a gradient that is not exactly zero."""
     unet = UNETS[NARROW]
-    masks = DynamicMasks(unet, init=init)
+    masks = DynamicMasks(unet, init=init, initial=0.0)
     optimizer, first = torch.optim.AdamW(masks.parameters(), lr=1e-2), {}
     for step in range(4):
         optimizer.zero_grad()
@@ -528,6 +532,8 @@ def test_masks_survive_a_file(make, tmp_path):
     masks = make(UNETS[NARROW])
     save_masks(masks, tmp_path / "m.safetensors", UNETS[NARROW], {"steps": 7})
     again = load_masks(tmp_path / "m.safetensors", UNETS[NARROW])
+    bound = MaskFile(tmp_path / "m.safetensors", fixed=True, shared=True).bind(SimpleNamespace(unet=UNETS[NARROW]))
+    assert (bound.mode, bound.fixed, bound.shared) == ("sample", True, True)
     assert again.settings == masks.settings and again.gumbel == masks.gumbel and again.layers == masks.layers
     assert torch.equal(call(Masks(masks)), call(Masks(again)))
     assert not any(p.requires_grad for p in again.parameters())
@@ -672,6 +678,8 @@ def test_every_step_begins_anew_and_ten_updates_move_a_logit_by_a_tenth():
     for values in (first, weights(run.masks.source)):
         moved = torch.cat([(p - 1).abs().flatten() for p in values])
         assert moved.max() <= 0.102 and moved.mean() > 0.01            # weight decay: 0.001
+    run, _ = one_step(climb(1, constant, lr=0.1, weight_decay=0.5))
+    assert all(torch.allclose(p, torch.tensor(0.95)) for p in run.masks.source.parameters())
 
 
 def test_the_best_mask_is_the_one_that_scored_best_for_each_image_and_the_last_is_the_last():
@@ -719,7 +727,7 @@ def test_a_reward_of_pictures_is_climbed_through_the_autoencoder(narrow, monkeyp
         return seen[-1]
     judged_by(sd, redness, monkeypatch)
     before = digest(sd.unet, sd.vae, *sd.text_encoders)
-    latents = sd.sample(prompts, steps=1, sampler="dpm++2m", cfg_scale=1,
+    latents = sd.sample(prompts, steps=1, sampler="dpm++2m", cfg_scale=1.5,
                         masks=MaskSearch(iterations=20, keep="best", lr=0.3))
     scores = torch.stack(seen).detach()
     assert all(s.requires_grad for s in seen[:20]) and not seen[20].requires_grad

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ import torch.nn.functional as F
 from conftest import ROOT, digest, randn, seeded, weights
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 import train
 import txt2img
 from command import InputError
 from maskunet import DynamicMasks, StaticMasks, mix
+from sampler import x0_and_eps
 from stable_diffusion import StableDiffusion
-from train import MaskedUNet, Training, noised, read_batches, read_pairs, train_denoiser
+from train import MaskedUNet, Training, learning_rate, noised, read_batches, read_pairs, train_denoiser
 
 
 @pytest.fixture()
@@ -86,6 +89,32 @@ def test_latents_that_were_encoded_before_train_as_their_pictures_do(narrow):
     (*ours, mine), (*theirs, yours) = (noised(sd, given, captions, seeded(*range(4)))
                                        for given in ((mean, (0.5 * logvar).exp()), images))
     assert mine.words == yours.words and all(map(torch.equal, [*ours, mine.context], [*theirs, yours.context]))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_what_is_to_be_predicted_gives_the_clean_latents_back_and_captions_are_left_out(prediction, narrow):
+    sd, mean = StableDiffusion.load(narrow), randn(4, 4, 8, 8)
+    sd.config = replace(sd.config, prediction=prediction, vae=replace(sd.config.vae, scaling=0.5))
+    x, t, target, condition = noised(sd, (mean, 0 * mean), ["red"] * 4, seeded(*range(4)), caption_dropout=0.7)
+    for k, alpha in enumerate(sd.config.schedule.alphas()[t].tolist()):
+        assert torch.allclose(x0_and_eps(x[k], target[k], alpha, prediction)[0], 0.5 * mean[k], atol=1e-4)
+    assert set(condition.words) == {"", "red"}
+
+
+def test_an_update_clips_the_gradient_and_the_average_goes_over_a_tenth_of_the_steps_but_no_more_than_memory():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    run, mean = Training(module, memory=2, clip=1.0, optimizers=[torch.optim.SGD(module.parameters(), 1.0)]), 0.0
+    for step in range(1, 15):
+        run.update(100 * module.weight.sum())
+        assert module.weight.item() == pytest.approx(-step, rel=1e-4)
+        mean += (-step - mean) * max(9 / (9 + step), 1 / 2)
+        assert run.average["weight"].item() == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_rate_rises_stays_and_falls_over_the_last_third():
+    rates = [learning_rate(step, 900, 2.0) for step in (0, 99, 199, 600, 750, 899)]
+    assert rates == pytest.approx([0.01, 1, 2, 2, 1, 2 / 300])
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(narrow, tmp_path):
