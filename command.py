@@ -63,8 +63,9 @@ def typed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def path_of(text: str) -> Path:
-    """A file or folder by name. ValueError for what can't be a name of either."""
+@typed
+def file_path(text: str) -> Path:
+    """argparse's `type` of a file or folder: refuses what can't be a name of either."""
     try:
         os.stat(text)
     except (OSError, ValueError) as error:
@@ -72,9 +73,6 @@ def path_of(text: str) -> Path:
             why = "it is too long" if isinstance(error, OSError) and text else "it is empty or has a NUL"
             raise ValueError(f"{text[:40]!r}{'...' * (len(text) > 40)} can't be a file's name: {why}") from None
     return Path(text)
-
-
-file_path = typed(path_of)                       # the `type` of flags for files and folders
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -18,8 +18,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from command import path_of
-
 Kinds = dict[str, type]                          # the dataclasses of a flag, by the word that the text begins with
 BOOL = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
@@ -74,7 +72,7 @@ def convert(text: str, hint: Any, name: str) -> Any:
     words = {str(word): word for word in get_args(hint)} if get_origin(hint) is Literal else \
         BOOL if hint is bool else {"none": None} if hint is NoneType else None
     try:
-        return words[text] if words is not None else (path_of if hint is Path else getattr(hint, "read", hint))(text)
+        return words[text] if words is not None else getattr(hint, "read", hint)(text)
     except (KeyError, ValueError):
         raise ValueError(f"{name} must be {legal(hint)}, not {text!r}") from None
 

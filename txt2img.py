@@ -260,10 +260,10 @@ def bind_techniques(args: argparse.Namespace, config: ModelConfig, height: int, 
     """
     techniques = {name: getattr(args, name) for name in TECHNIQUES if getattr(args, name) is not None}
     native, unloaded = config.size // config.vae.factor, SimpleNamespace(config=config)
-    for folder in reward_folders(args):
-        refuse((not folder.exists(), f"there is no folder {folder} with a reward; make one: python convert_weights.py "
-                f"SOURCE {folder} --reward clip (or hps, imagereward)"))
     try:
+        for folder in reward_folders(args):
+            refuse((not folder.exists(), f"there is no folder {folder} with a reward; make one: python "
+                    f"convert_weights.py SOURCE {folder} --reward clip (or hps, imagereward)"))
         for name, settings in techniques.items():
             if name in ("freeu", "highres"):
                 techniques[name] = settings.bind(unloaded)
@@ -272,7 +272,7 @@ def bind_techniques(args: argparse.Namespace, config: ModelConfig, height: int, 
         if args.freescale is not None:
             techniques["freescale"] = args.freescale.fit(native, height, width)
             check_size(*techniques["freescale"].resolutions[-1])
-    except ValueError as error:
+    except (OSError, ValueError) as error:                             # OSError: a name that is too long
         raise InputError(str(error)) from None
     refuse((args.highres is not None and max(height, width) <= config.size, "--highres is for pictures larger than the "
             f"model's own {config.size} pixels: give --width and --height"))
