@@ -199,12 +199,12 @@ def pictures(sd: StableDiffusion, table: list[Arm], settings: Row, seed: int, pa
 
 def main() -> None:
     parser = study.flags("Features over the steps; quality against speed of the caches.",
-                         "model out n seed steps sampler cfg_scale device", out=Path("out/cache"), steps=50)
+                         "model out n seed steps sampler cfg_scale device",
+                         {"images": (16, "pictures per curve"), "rounds": (5, "of the clock")},
+                         out=Path("out/cache"), steps=50)
     parser.add_argument("--curves", action="store_true", help="features over the steps")
     parser.add_argument("--measure", action="store_true", help="score, likeness and speed of every arm, tiny model")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="arms whose names contain one of these")
-    parser.add_argument("--images", type=int, default=16, help="pictures per curve")
-    parser.add_argument("--rounds", type=int, default=5, help="of the clock")
     args = parser.parse_args()
     if args.steps < 20:
         raise InputError("--steps must be 20 or more, so that all key steps fit")

@@ -80,11 +80,11 @@ def summary(rows: list[Row], real: np.ndarray) -> Row:
 
 def main() -> None:
     parser = study.flags("FreeScale and its rivals on the tiny model, judged exactly.",
-                         "model out arms n seed steps sampler cfg_scale device", out=Path("out/freescale"), n=200)
+                         "model out arms n seed steps sampler cfg_scale device", {
+                             "batch_size": (10, "pictures per batch"), "columns": (8, "pictures per arm on the sheet")},
+                         out=Path("out/freescale"), n=200)
     parser.add_argument("--factor", type=int, default=2, choices=[2, 4], help="times the training size")
     parser.add_argument("--kind", default="colors", help=", ".join(shapes.KINDS))
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--columns", type=int, default=8, help="pictures per arm on the sheet")
     args = parser.parse_args()
     if args.kind not in shapes.KINDS:
         raise InputError(f"--kind is one of {', '.join(shapes.KINDS)}")

@@ -447,15 +447,15 @@ def measure(sd: StableDiffusion, results: Results, known: list[Arm], run: list[A
 
 def main() -> None:
     parser = study.flags("FreeU's figures on any model; for the tiny one, its score.",
-                         "model out n seed steps sampler cfg_scale device", out=Path("out/freeu"), steps=25,
-                         cfg_scale=None)
+                         "model out n seed steps sampler cfg_scale device",
+                         {"images": (8, "pictures per curve of the figures"),
+                          "search_n": (80, "pictures per candidate of the search"),
+                          "batch_size": (8, "pictures per batch, of the figures"),
+                          "candidates": (25, "factors to try in the search")},
+                         out=Path("out/freeu"), steps=25, cfg_scale=None)
     parser.add_argument("--search", action="store_true", help="search for the four factors, measure on other prompts")
     parser.add_argument("--measure", action="store_true", help="the score of every arm, with intervals")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of the figures (default: the paper's)")
-    parser.add_argument("--images", type=int, default=8, help="pictures per curve of the figures")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures per batch, of the figures")
-    parser.add_argument("--candidates", type=int, default=25, help="factors to try in the search")
-    parser.add_argument("--search-n", type=int, default=80, help="pictures per candidate")
     args = parser.parse_args()
     sd, made_with = study.load(args, "--search and --measure" if args.search or args.measure else "", (args.steps,),
                                steps=2, images=1, batch_size=1, n=len(KINDS), candidates=3, search_n=1, seed=0)

@@ -167,6 +167,16 @@ class World(NamedTuple):
             yield tuple(z[rows] for z in self.latents), [shapes.caption(self.scenes[k], rng) for k in rows]
 
 
+NUMBERS = {"seeds": (3, "trainings per recipe"), "steps": (300, "optimiser steps per training"),
+           "batch": (32, "pictures per training step"),
+           "scenes": (4000, "to train on"), "validation": (512, "pictures per loss"),
+           "pictures": (90, "pictures per arm and seed, a multiple of 6"),
+           "free_pictures": (24, "likewise, per training-free arm; 0: none"),
+           "free_steps": (15, "denoising steps of a training-free picture, as in the paper"),
+           "sample_steps": (20, "denoising steps of the other pictures"),
+           "drawn": (2000, "ground truths for the Frechet distance; 0: none")}
+
+
 @dataclass
 class Study:
     """A study's model, data and settings. Its methods return results from files, and make those that are missing."""
@@ -174,31 +184,26 @@ class Study:
     work: Path
     model: str                                     # what makes results its own: weights, versions
     settings: Row                                  # sampler, steps and cfg_scale of `sd.sample`
-    steps: int = 300                               # of every training
-    batch: int = 32
-    scenes: int = 4000
-    validation: int = 512                          # pictures per loss
-    pictures: int = 90                             # per arm and seed, the six kinds alike
-    free_pictures: int = 24                        # likewise, per training-free arm
-    free_steps: int = 15
+    of: dict[str, int]                             # by the names of `NUMBERS`
 
     def __post_init__(self) -> None:
         self.score = self.sd.latent_score(("clip",))
         self.image_tower = load_reward(self.sd.folder / "clip", self.sd.device).image
-        training = self.model, self.steps, self.batch, self.scenes, [recipe.lr for recipe in RECIPES.values()]
-        judging = *training, self.validation, self.pictures, self.free_pictures, self.free_steps, self.settings
+        training = self.model, *(self.of[name] for name in ("steps", "batch", "scenes")), [
+            recipe.lr for recipe in RECIPES.values()]
+        judging = self.model, self.of | {"seeds": 0, "drawn": 0}, self.settings         # these make no result another
         self.weights, self.results = (self.work / f"{what}-{hashlib.sha256(repr(on).encode()).hexdigest()[:12]}"
-                                      for what, on in (("weights", training), ("results", judging)))
+                                      for what, on in (("weights", training), ("results", (training, judging))))
         for folder in (self.weights, self.results):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def train_world(self) -> World:
-        return World.make(self.sd, self.scenes, 0, self.work / "train.safetensors")
+        return World.make(self.sd, self.of["scenes"], 0, self.work / "train.safetensors")
 
     @cached_property
     def validation_world(self) -> World:
-        return World.make(self.sd, self.validation, 1, self.work / "val.safetensors")
+        return World.make(self.sd, self.of["validation"], 1, self.work / "val.safetensors")
 
     def path(self, name: str, seed: int) -> Path:
         return self.results / f"{name} {seed}.json"
@@ -214,14 +219,14 @@ class Study:
         """The weights of a recipe after a part of its steps. factor: on its rate."""
         recipe, module = RECIPES[name], RECIPES[name].make(self.sd.unet, seed)
         path = lambda what: self.weights / f"{name} {seed} {factor:.3g} {what}"
-        goals = {p: max(1, round(self.steps * p)) for p in ((*PARTS, 1.0) if name == "working" else (1.0,))}
+        goals = {p: max(1, round(self.of["steps"] * p)) for p in ((*PARTS, 1.0) if name == "working" else (1.0,))}
         wanted = path(f"{goals[part]}.safetensors")
         if not wanted.exists():
             run = Training(module, path("checkpoint.pt"), recipe.lr * factor, seed=seed)
             model = Unmasked(self.sd.unet, module) if isinstance(module, UNet | LoRA) else None
             for goal in goals.values():
                 if not path(f"{goal}.safetensors").exists():
-                    batches = self.train_world.batches(self.batch, seed, run.step)
+                    batches = self.train_world.batches(self.of["batch"], seed, run.step)
                     train_denoiser(self.sd, run, batches, goal, 50, model=model)
                     with replacing(path(f"{goal}.safetensors")) as file:
                         save_file({key: p.detach().cpu() for key, p in module.state_dict().items()}, file)
@@ -256,7 +261,7 @@ class Study:
         with torch.enable_grad():
             sd, masks, trained = self.apply(ARMS[name].settings, seed)
         times, losses, density = self.losses(sd, masks, seed)
-        prompts = self.prompts(self.pictures)
+        prompts = self.prompts(self.of["pictures"])
         pictures = draw(sd, prompts, 30, 10_000 * (1 + seed), self.settings | {"masks": masks})
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.sd.device).float() / 255
         return {"trained": trained, "density": density, "times": times, "losses": losses,
@@ -269,7 +274,7 @@ class Study:
                seed: int) -> tuple[list[int], list[float], float]:
         """Time and loss of every validation picture, times and noises being the same for all arms; the density."""
         world, times, losses, densities = self.validation_world, [], [], []
-        for rows in torch.arange(self.validation).split(32):
+        for rows in torch.arange(self.of["validation"]).split(32):
             x, t, target, (context, added, _) = noised(
                 sd, tuple(z[rows] for z in world.latents), [world.captions[k] for k in rows],
                 [torch.Generator().manual_seed(mix(8, int(k))) for k in rows])
@@ -308,8 +313,8 @@ class Study:
 
     def search(self, name: str, rank: int, world: int) -> list[Row]:
         """A row per picture of a training-free arm; none while other processes are at work."""
-        prompts, (kind, iterations) = self.prompts(self.free_pictures), free_settings(name)
-        find = partial(FREE[kind], self, settings=self.settings | {"steps": self.free_steps})
+        prompts, (kind, iterations) = self.prompts(self.of["free_pictures"]), free_settings(name)
+        find = partial(FREE[kind], self, settings=self.settings | {"steps": self.of["free_steps"]})
 
         def make(numbers: list[int]) -> list[Row]:
             started, words = time.perf_counter(), [prompts[k] for k in numbers]
@@ -517,22 +522,9 @@ def sweep(study: Study) -> None:
                   f"{thousandths(mean(np.array(losses) - base))}  density {density:.4f}", flush=True)
 
 
-FLAGS = {"batch": "pictures per training step", "scenes": "to train on", "validation": "pictures per loss",
-         "pictures": "pictures per arm and seed, a multiple of 6",
-         "free_pictures": "likewise, per training-free arm; 0: none",
-         "free_steps": "denoising steps of a training-free picture, as in the paper"}
-
-
 def main() -> None:
     parser = lab_study.flags("Learned masks, other ways to train, and searches, on the tiny model.",
-                             "model out arms steps sampler cfg_scale device", out=Path("out/maskunet"), steps=300,
-                             cfg_scale=5.0)
-    for flag, default, text in (
-            ("seeds", 3, "trainings per recipe, of --steps each"),
-            *((name, getattr(Study, name), text) for name, text in FLAGS.items()),
-            ("sample_steps", 20, "denoising steps of the other pictures"),
-            ("drawn", 2000, "ground truths for the Frechet distance; 0: none")):
-        parser.add_argument(f"--{flag.replace('_', '-')}", type=int, default=default, help=text)
+                             "model out arms sampler cfg_scale device", NUMBERS, out=Path("out/maskunet"), cfg_scale=5.0)
     parser.add_argument("--iterations", type=int, nargs="+", default=[5, 15, 30], help="of the searches for masks")
     parser.add_argument("--noise-iterations", type=int, nargs="+", default=[15], help="of the search for noise")
     parser.add_argument("--sweep", action="store_true", help="instead: each recipe's loss at three rates")
@@ -546,19 +538,18 @@ def main() -> None:
     wanted = lab_study.choose(dict.fromkeys([*ARMS, *free]), args.arms)
     sd, made_with = lab_study.load(args, "lab.maskunet_study", (args.sample_steps, args.free_steps), torch.float32,
                                    seeds=1, steps=1, batch=1, scenes=1, validation=5)
-    work = args.out / "work"
-    work.mkdir(exist_ok=True)
     torch.set_flush_denormal(True)
-    study = Study(sd, work, repr(made_with), dict(steps=args.sample_steps, sampler=args.sampler,
-                                                  cfg_scale=args.cfg_scale),
-                  args.steps, **{name: getattr(args, name) for name in FLAGS})
+    numbers = {name: getattr(args, name) for name in NUMBERS}
+    study = Study(sd, args.out / "work", repr(made_with), dict(
+        steps=args.sample_steps, sampler=args.sampler, cfg_scale=args.cfg_scale), numbers)
     if args.sweep:
         return sweep(study)
     arms = [name for name in ARMS if name in wanted or name == "base"]
     free = [name for name in free if args.free_pictures and (name in wanted or name == "base")]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    declared = [lab_study.declare([ARMS[name] for name in arms], study.prompts(study.pictures), 10_000),
-                lab_study.declare(free_arms(free), study.prompts(study.free_pictures), 0)]
+    prompts, free_prompts = study.prompts(args.pictures), study.prompts(args.free_pictures)
+    declared = [lab_study.declare([ARMS[name] for name in arms], prompts, 10_000),
+                *([lab_study.declare(free_arms(free), free_prompts, 0)] if free else [])]
     jobs = plan_jobs(arms, args.seeds)
     with tqdm([call for calls in jobs[rank::world] for call in calls], desc="trained arms", unit="result") as bar:
         for name, seed in bar:
@@ -569,16 +560,14 @@ def main() -> None:
         return print("some results are still to come from other processes; the last one writes the tables")
 
     side, tower = sd.config.size, study.image_tower
-    trained = summarize({name: [study.result(name, seed) for seed in range(args.seeds)] for name in arms},
-                        study.prompts(study.pictures), drawn_features(tower, args.drawn, side, side, 1)
-                        if args.drawn else None)
-    searched = summarize_free({name: found[name] for name in free}, study.prompts(study.free_pictures))
-    made_with |= {"seeds": args.seeds, "drawn": args.drawn, "settings": study.settings, "steps": args.steps,
-                  **{name: getattr(args, name) for name in FLAGS}}
+    trained = summarize({name: [study.result(name, seed) for seed in range(args.seeds)] for name in arms}, prompts,
+                        drawn_features(tower, args.drawn, side, side, 1) if args.drawn else None)
+    searched = summarize_free({name: found[name] for name in free}, free_prompts)
+    made_with |= {"settings": study.settings, **numbers}
     lab_study.write_text(args.out / "maskunet.json", json.dumps(lab_study.to_json(
         {"made with": made_with, "declared": declared, "trained": trained, "searched": searched}), indent=1) + "\n")
     lab_study.write_text(args.out / "maskunet.md", text := tables(trained, searched))
-    draw_curve(trained, study.steps, args.out / "training.png")
+    draw_curve(trained, args.steps, args.out / "training.png")
     print(text)
 
 

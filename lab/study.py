@@ -365,11 +365,12 @@ FLAGS = {"model": (Path, TINY, "model folder"), "out": (Path, None, "folder for 
          "arms": (str, None, "some of them, separated by commas (default: all)")}
 
 
-def flags(description: str, names: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with these shared flags."""
+def flags(description: str, names: str, numbers: dict[str, tuple[int, str]],
+          **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with some of the shared flags, and with whole numbers of the study's own: their defaults and help."""
     parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
-    for name in names.split():
-        kind, default, text = FLAGS[name]
+    known = {name: FLAGS[name] for name in names.split()} | {name: (int, *of) for name, of in numbers.items()}
+    for name, (kind, default, text) in known.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults.get(name, default), help=text)
     return parser
 

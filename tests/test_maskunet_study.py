@@ -19,8 +19,8 @@ from unet import UNet
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, world) -> Study:
     return Study(StableDiffusion.load(world), tmp_path_factory.mktemp("work"), "tiny",
-                 dict(steps=2, sampler="ddim", cfg_scale=5.0), steps=2, batch=4, scenes=8, validation=6, pictures=6,
-                 free_pictures=6, free_steps=2)
+                 dict(steps=2, sampler="ddim", cfg_scale=5.0), dict(
+                     steps=2, batch=4, scenes=8, validation=6, pictures=6, free_pictures=6, free_steps=2))
 
 
 def train_masks(study: Study, masks: torch.nn.Module, steps: int, lr: float) -> None:
