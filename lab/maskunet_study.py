@@ -524,7 +524,8 @@ def sweep(study: Study) -> None:
 
 def main() -> None:
     parser = lab_study.flags("Learned masks, other ways to train, and searches, on the tiny model.",
-                             "model out arms sampler cfg_scale device", NUMBERS, out=Path("out/maskunet"), cfg_scale=5.0)
+                             "model out arms sampler cfg_scale device", NUMBERS, out=Path("out/maskunet"),
+                             cfg_scale=5.0)
     parser.add_argument("--iterations", type=int, nargs="+", default=[5, 15, 30], help="of the searches for masks")
     parser.add_argument("--noise-iterations", type=int, nargs="+", default=[15], help="of the search for noise")
     parser.add_argument("--sweep", action="store_true", help="instead: each recipe's loss at three rates")
