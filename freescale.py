@@ -276,19 +276,19 @@ def fuse(attention: Attention, x: Tensor, grid: tuple[int, int], window: tuple[i
     """
     q, k, v = (linear(layer, x, on).unflatten(1, grid) for layer in (attention.to_q, attention.to_k, attention.to_v))
 
-    def out(h: Tensor) -> Tensor:                                      # (B, H, W, C), projected
-        return linear(attention.to_out[0], h.to(x.dtype).flatten(1, 2), on).unflatten(1, grid)
+    def out(h: Tensor) -> Tensor:                                      # (B, H, W, C) -> (B, N, C), projected
+        return linear(attention.to_out[0], h.to(x.dtype).flatten(1, 2), on)
 
     if kind == "global":
-        return out(attend_parts(attention, q, k, v, parts, on)).flatten(1, 2)
+        return out(attend_parts(attention, q, k, v, parts, on))
     local = attend_windows(attention, q, k, v, window, starts, on)     # float32 or wider: differences are small
     if kind == "local":
-        return out(local).flatten(1, 2)
+        return out(local)
     whole = attend_parts(attention, q, k, v, parts, on)
     if blur == "spatial":
-        return out(whole + smooth(local - whole, taps, dims=(1, 2))).flatten(1, 2)
-    whole = out(whole)
-    return (whole + smooth(out(local).to(local.dtype) - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
+        return out(whole + smooth(local - whole, taps, dims=(1, 2)))
+    local, whole = out(local).unflatten(1, grid).to(local.dtype), out(whole).unflatten(1, grid)
+    return (whole + smooth(local - whole, taps, dims=(1, 2, 3))).to(x.dtype).flatten(1, 2)
 
 
 def attend_parts(attention: Attention, q: Tensor, k: Tensor, v: Tensor, parts: tuple[int, int],
@@ -348,8 +348,6 @@ def place_windows(grid: tuple[int, int], window: tuple[int, int], seeds: Tensor)
         stray = side // 8
         low, high = torch.full_like(base, -stray), torch.full_like(base, stray)
         low[-1], high[0] = 0, 0
-        if count == 1:
-            low[0] = 0
         bases, lows, highs = [*bases, base + stray], [*lows, low], [*highs, high]
     base, low, high = (torch.cartesian_prod(*axes) for axes in (bases, lows, highs))         # (V, 2) each
     places = torch.arange(base.numel(), device=seeds.device).view_as(base)
