@@ -50,7 +50,8 @@ class StableDiffusion:
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             low_memory: bool = False, compiled: bool = False, verify: bool = False) -> "StableDiffusion":
+             low_memory: bool = False, compiled: bool | str = False, verify: bool = False,
+             compile_cache: Path | None = None) -> "StableDiffusion":
         """Read a converted model folder, strictly. InputError if anything is missing, damaged or doesn't fit.
 
         low_memory: only the U-Net stays on the device; text encoders and VAE are moved there when they are needed, and
@@ -58,6 +59,8 @@ class StableDiffusion:
         compiled: torch.compile makes a graph of the U-Net in its first call, and another for each new size, batch size
             or set of techniques. That takes minutes for a large model and pays off for many pictures of one kind. With
             parallel Faster Diffusion, the encoder is one graph, and the decoder one for each number of steps per batch.
+            "openvino": OpenVINO runs these graphs instead of PyTorch's own compiler, on a CPU only.
+        compile_cache: a folder in which OpenVINO keeps compiled graphs for the next process.
         verify: compare all files with the digests in config.json (always done for a tiny model, where it is quick).
         """
         folder = Path(folder)
@@ -74,7 +77,13 @@ class StableDiffusion:
             load_weights(text, folder / f"{name}.safetensors", home, dtype)
         if verify or config.family == "tiny" and config.digests:
             check_digests(folder)
-        if compiled:
+        if compiled == "openvino":
+            if torch.device(device).type != "cpu":
+                raise InputError("--compile openvino is for the CPU; a GPU takes --compile torch")
+            from openvino_backend import backend                       # here: importing OpenVINO takes a while
+            precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+            unet.compile(dynamic=False, backend=backend(precision, compile_cache), recompile_limit=64)
+        elif compiled:
             # on a CPU the layouts stay as they are: neither the compiler's own nor frozen weights were faster
             kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None
             # Beyond this many graphs PyTorch falls back to eager mode; its default, 8, is too low for a few caches

@@ -125,7 +125,9 @@ def make_parser() -> ArgumentParser:
     add("--batch-size", type=int, metavar="N", default=1, help="pictures at a time")
     add("--low-memory", action="store_true", help="less memory on the device, slower")
     add("--vae-tile", type=int, metavar="SIDE", help="of the VAE's tiles, in latent pixels; 0: none (default: by size)")
-    add("--compile", action="store_true", help="torch.compile the U-Net: minutes at first")
+    add("--compile", nargs="?", const="torch", choices=("torch", "openvino"), help="compile the U-Net, alone: with "
+        "PyTorch's own compiler; minutes at first")
+    add("--compile-cache", type=Path, metavar="FOLDER", help="where openvino keeps what it compiled, for later runs")
     add("--verify", action="store_true", help="compare the model's files with their digests")
     add = parser.add_argument_group("techniques, with their settings: values in order, then name=value").add_argument
     for name, (_, kinds, said) in TECHNIQUES.items():
@@ -165,7 +167,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             new = OLD_FLAGS[old].format(flag.removeprefix(old).replace("-", "_") + "=...")
             raise InputError(f"{flag} is now written {new} (see --help-technique {new.split()[0].removeprefix('--')})")
     for k, (flag, text) in enumerate(zip(flags, flags[1:])):
-        if flag == "--freeu" and (" " in text or text.isalpha() and text != "none"):
+        if flag == "--freeu" and (" " in text or text.isalpha() and text != "none") or (
+                flag == "--compile" and text not in ("torch", "openvino") and not text.startswith("-")):
             prompts = [flags.pop(k + 1), *prompts]                     # no settings, but the prompt
             break
     parser = make_parser()
@@ -466,7 +469,8 @@ def main() -> None:
         check_memory(args, techniques, *sizes[-1][:2], min(args.batch_size, len(todo)), torch.device(device))
         init_image = read_image(args.init_image, height, width) if args.init_image else None
         make_folder(paths[0].parent)
-        sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile, args.verify)
+        sd = StableDiffusion.load(args.model, device, args.dtype, args.low_memory, args.compile, args.verify,
+                                  args.compile_cache)
         sd.tile, sd.known = args.vae_tile, {}
         try:
             techniques = {name: settings.bind(sd) if hasattr(settings, "bind") else settings
