@@ -379,11 +379,11 @@ class TGate:
     text: from this step on, "reuse" the last result of cross-attention, or "compute" it as before.
     guidance: from this step on, "drop" it (one row per image instead of two), or "keep" it. Dropping it gives most of
         T-GATE's saving: cross-attention is only 4 % of SD 1.5's arithmetic.
-    version: 1, the paper's; or 2, the default of the released code since then, which reuses results of self-attention
-        too, as the next three say. Their steps are counted from the first one that runs.
-    warm_up: with version 2, the last of the first steps that all compute self-attention.
-    interval: with version 2, up to `step` every interval-th step computes self-attention, and the last one.
-    late_interval: with version 2, from `step` on every late_interval-th step computes it; 1: all.
+    version: 1, the paper's; 2, the later default of the released code, which reuses results of self-attention too,
+        except in the steps that the next three name, counted from the first step that runs.
+    warm_up: version 2 computes self-attention in all steps up to this one.
+    interval: after them, version 2 computes it in every interval-th step, and in the last one before `step`.
+    late_interval: from `step` on, version 2 computes it in every late_interval-th step; 1: in all.
     """
     step: int
     text: Literal["reuse", "compute"] = "reuse"

@@ -171,7 +171,7 @@ class SkipFactors:
     steps: Gate
 
     def check(self, config: Any, steps: int, guided: bool = True) -> None:
-        check_gate(f"{type(self).__name__}'s steps", self.steps, steps)
+        check_gate("the skip factors' steps", self.steps, steps)
 
     def start(self, run: Any) -> "Gated":
         return Gated(self, run.plan)
@@ -197,9 +197,9 @@ class SkipTuning(SkipFactors):
     steps: Gate = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_factor("SkipTuning's bottom", self.bottom)
-        check_factor("SkipTuning's top", self.top)
-        check_gate("SkipTuning's steps", self.steps)
+        check_factor("Skip-Tuning's bottom", self.bottom)
+        check_factor("Skip-Tuning's top", self.top)
+        check_gate("Skip-Tuning's steps", self.steps)
 
     def factor(self, layer: int, layers: int) -> float:
         return self.bottom + layer * (self.top - self.bottom) / (layers - 1)
@@ -231,11 +231,11 @@ def check_factor(name: str, value: float) -> None:
 
 
 def check_gate(name: str, gate: Gate, steps: int | None = None) -> None:
-    """ValueError for a gate that is none, or that is closed in all of a run's steps."""
+    """ValueError for a gate that is not within 0..1, or closed in all of a run's steps."""
     if not 0 <= gate[0] < gate[1] <= 1:
         raise ValueError(f"{name} must lie within 0..1, start before end, not {gate[0]:g}:{gate[1]:g}")
     if steps is not None and not any(gate[0] <= i / steps < gate[1] for i in range(steps)):
-        raise ValueError(f"{name} {gate[0]:g}:{gate[1]:g} has none of the run's {steps} steps: make it wider")
+        raise ValueError(f"{name} must cover at least one of the run's {steps} steps, not {gate[0]:g}:{gate[1]:g}")
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def ddim(plan: Plan, noise: Callable[[], Tensor]) -> Step:
 
 
 def dpm_solver(plan: Plan, noise: Callable[[], Tensor]) -> Step:
-    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: extrapolates x0 from this step's and the previous step's."""
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: extrapolates from the x0 of this and of the previous step."""
     last_x0, last_h = None, 0.0
 
     def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def dpm_solver(plan: Plan, noise: Callable[[], Tensor]) -> Step:
 
 
 def heun(plan: Plan, noise: Callable[[], Tensor]) -> Step:
-    """Heun's method, algorithm 1 of arXiv 2206.00364: an Euler step, then that step with the mean of both slopes."""
+    """Heun's method, algorithm 1 of arXiv 2206.00364: Euler's step, redone with the mean slope of its two ends."""
     start = None                                                       # x, alpha and slope at the start of the step
 
     def step(i: int, x: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -373,7 +373,7 @@ def prepare(unet: Callable[..., Tensor], context: Tensor, plan: Plan, added: Ten
 
 
 def invert(unet: Callable[..., Tensor], latents: Tensor, prompt: Condition, plan: Plan) -> Iterator[tuple[int, Tensor]]:
-    """DDIM inversion: from VAE-scaled latents to the noise from which `generate`, without guidance, remakes them.
+    """DDIM inversion: from VAE-scaled latents to the noise that `generate`, without guidance, turns back into them.
 
     plan: one for "ddim". Yields (number of the inverted call, latents before it), from the last call to call 0. Exact
     only in the limit of many steps: each prediction is made at the time of the call, but from the latents after it

@@ -182,7 +182,7 @@ def test_between_key_steps_faster_diffusion_ignores_the_latent_and_deepcache_doe
         assert torch.equal(a, b) is same
 
 
-FREEU = dict(freeu=FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0, 0.6), skip=(0.25, 1)), skips=SkipTuning(0.9, steps=(0, 0.5)))
+FREEU = dict(freeu=FreeU(1.5, 1.6, 0.9, 0.2, backbone=(0, 0.6), skip=(0.15, 1)), skips=SkipTuning(0.9, steps=(0, 0.5)))
 
 
 def test_only_what_is_reused_is_kept_and_it_is_never_written_to_even_with_freeu_at_any_branch():
