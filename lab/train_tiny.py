@@ -394,8 +394,9 @@ def train_unet(vae: VAE, clip: ClipReward, scenes: list[shapes.Scene], neat: lis
 def score(sd: StableDiffusion, per_half: int) -> dict[str, float]:
     """The scores of a few prompts of each kind and half, other prompts than the benchmark's; the processes share them.
     """
+    bench = shapes.make_bench(seed=1)
     rows = [row for kind in shapes.KINDS for seen in (True, False)
-            for row in [r for r in shapes.make_bench(seed=1) if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
+            for row in [r for r in bench if (r["kind"], r["seen"]) == (kind, seen)][:per_half]]
     mine = rows[rank()::world()]
     pictures = draw(sd, [row["prompt"] for row in mine], 48, 1_000_000 + 10_000 * rank(), dict(steps=20, cfg_scale=5.0))
     found = [row | judged(picture, row["prompt"]) | {"overlap": shapes.measure(picture, row["prompt"]).overlap}

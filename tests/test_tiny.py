@@ -1,6 +1,7 @@
 """The embedded model: its size, what it draws, and that `lab/train_tiny.py` makes such a folder, in two goes."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from lab.evaluate import draw, judged, read_rows, to_bytes
 from lab.train_tiny import Muon, draw_curve, orthogonal, train_unet
 from reward import load_reward
 from stable_diffusion import StableDiffusion
-from train import Training
+from train import Training, leave
 
 MEASURED = 0.667               # by that test, strictly, with the committed weights
 
@@ -73,14 +74,26 @@ def test_the_autoencoder_keeps_what_the_scorer_reads():
     assert 0.8 < latents.std() < 1.2                                           # what the U-Net was trained on
 
 
-def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp_path, command):
+def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp_path, command, monkeypatch):
     flags = ["--out", tmp_path / "model", "--work", tmp_path / "work", "--device", "cpu", "--vae-steps", 2,
              "--clip-steps", 2, "--clip-neat-steps", 2, "--clip-side-steps", 2, "--steps", 2, "--batch", 4,
              "--scenes", 16, "--score-n", 1, "--score-every", 2]
     facts = lambda: json.loads((tmp_path / "model" / "training.json").read_text())
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-                    "lab.train_tiny", *map(str, flags)], check=True, capture_output=True, cwd=ROOT,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}       # as torchrun would set it
+    other = subprocess.Popen([sys.executable, "-m", "lab.train_tiny", *map(str, flags)], cwd=ROOT,
+                             env={**os.environ, **group, "RANK": "1", "OMP_NUM_THREADS": "1"})
+    try:
+        with monkeypatch.context() as environment:
+            for name, value in {**group, "RANK": "0"}.items():
+                environment.setenv(name, value)
+            code, _, err = command(train_tiny.main, *flags)
+        assert code == other.wait(60) == 0, err
+    finally:
+        leave()
+        other.kill()
     first = facts()
     assert (first["steps"], first["fell"], first["samples"]) == (3, 2, 3 * 4 * 2)      # half as many at a falling rate
     assert [samples for samples, *_ in first["scores"]] == [2 * 4 * 2] and first["minutes"].keys() >= {"vae", "clip"}
@@ -88,7 +101,8 @@ def test_training_runs_on_two_processes_scores_and_writes_a_model_that_loads(tmp
     assert load_reward(tmp_path / "model" / "clip")(torch.rand(1, 3, 64, 64), ["a red circle"]).abs() <= 1
     assert StableDiffusion.load(tmp_path / "model").sample("a red circle", steps=1).shape == (1, 4, 16, 16)
     vae = (tmp_path / "model" / "vae.safetensors").read_bytes()
-    code, _, err = command(train_tiny.main, *flags, "--parts", tmp_path / "model", "--work", tmp_path / "other")
+    code, _, err = command(train_tiny.main, *flags, "--parts", tmp_path / "model", "--work", tmp_path / "other",
+                           "--score-n", 0)
     torch.set_flush_denormal(False)
     assert code == 0 and facts()["minutes"].keys() == {"unet"}, err                    # autoencoder and CLIP stay
     assert (tmp_path / "model" / "vae.safetensors").read_bytes() == vae
