@@ -80,7 +80,7 @@ class StableDiffusion:
         if compiled == "openvino":
             if torch.device(device).type != "cpu":
                 raise InputError("--compile openvino is for the CPU; a GPU takes --compile torch")
-            from openvino_backend import backend                       # here: importing OpenVINO takes a while
+            from openvino_backend import backend  # here: importing OpenVINO takes a while
             precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
             unet.compile(dynamic=False, backend=backend(precision, compile_cache), recompile_limit=64)
         elif compiled:

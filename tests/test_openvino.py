@@ -65,7 +65,7 @@ def test_a_compiled_graph_is_found_again_unless_a_weight_or_the_graph_differs(tm
     assert len(list(tmp_path.iterdir())) == 1
     compiled = []
     monkeypatch.setattr(openvino_backend.openvino, "convert_model",
-                        lambda *graph: compiled.append(graph) or pytest.fail("not from the cache"))
+                        lambda graph: compiled.append(graph) or 1 / 0)
     assert torch.equal(sample(backend(cache=tmp_path)), first) and not compiled
     with pytest.warns(UserWarning, match="OpenVINO can't run a graph"):
         other = sample(backend(cache=tmp_path), cache=DeepCache(2))
