@@ -192,6 +192,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
                 ("--seed", -1 <= args.seed <= 2 ** 63 - args.n, f"0 to {2 ** 63 - args.n}, or -1 for a random one"),
                 ("--cfg-scale", args.cfg_scale is None or math.isfinite(args.cfg_scale), "a finite number"),
                 ("--vae-tile", args.vae_tile in (None, 0) or args.vae_tile >= 8, "0, or 8 or more"))
+    if args.compile_cache is not None and args.compile != "openvino":
+        raise InputError("--compile-cache does nothing without --compile openvino")
     config = args.config = read_config(args.model)
     sizes, world = getattr(args.freescale, "resolutions", None), int(os.environ.get("WORLD_SIZE", 1))
     sizes = sizes if isinstance(sizes, tuple) else ()
