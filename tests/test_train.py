@@ -25,7 +25,7 @@ from command import InputError
 from maskunet import DynamicMasks, StaticMasks, mix
 from sampler import x0_and_eps
 from stable_diffusion import StableDiffusion
-from train import MaskedUNet, Training, learning_rate, noised, read_batches, read_pairs, train_denoiser
+from train import MaskedUNet, Training, fit, learning_rate, noised, read_batches, read_pairs, train_denoiser
 
 
 @pytest.fixture()
@@ -104,12 +104,19 @@ def test_what_is_to_be_predicted_gives_the_clean_latents_back_and_captions_are_l
 def test_an_update_clips_the_gradient_and_the_average_goes_over_a_tenth_of_the_steps_but_no_more_than_memory():
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    run, mean = Training(module, memory=2, clip=1.0, optimizers=[torch.optim.SGD(module.parameters(), 1.0)]), 0.0
+    optimizer, mean = torch.optim.SGD([{"params": module.parameters(), "factor": 2}]), 0.0
+    run = Training(module, memory=2, clip=1.0, optimizers=[optimizer])
     for step in range(1, 15):
-        run.update(100 * module.weight.sum())
+        run.update(100 * module.weight.sum(), lr=0.5)
         assert module.weight.item() == pytest.approx(-step, rel=1e-4)
         mean += (-step - mean) * max(9 / (9 + step), 1 / 2)
         assert run.average["weight"].item() == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_curve_has_the_mean_loss_since_the_last_row_and_the_run_its_seconds():
+    run = Training(nn.Linear(1, 1))
+    fit(run, 5, lambda step: step + 0 * run.module.weight.sum(), "numbers", log_every=2)
+    assert run.curve == [(2, 0.5), (4, 2.5), (5, 4.0)] and run.seconds > 0
 
 
 def test_the_rate_rises_stays_and_falls_over_the_last_third():
@@ -205,8 +212,10 @@ def test_masks_from_the_command_line_make_a_picture_that_says_so(narrow, data, t
     training = ["masks", "--model", narrow, "--data", data, "--out", masks, "--batch", 2, "--initial", -1, "--device",
                 "cpu", "--steps"]
     assert command(train.main, *training, 2)[0] == 0
-    code, _, err = command(train.main, *training, 1)
-    assert code == 2 and "m.checkpoint.pt is at step 2 already: give as many --steps or more" in err
+    for flags, words in (([1], "m.checkpoint.pt is at step 2 already: give as many --steps or more"),
+                         ([3, "--caption-dropout", 0.5], "was begun with caption_dropout 0.0, not 0.5")):
+        code, _, err = command(train.main, *training, *flags)
+        assert code == 2 and words in err
     made, fixed = {}, f"{masks},fixed"
     for flags in ([], ["--masks", masks], ["--masks", fixed], ["--masks", f"{masks},threshold"],
                   ["--masks", "random,0.3"], ["--masks", "random,0.3,window"]):
