@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, NARROW, ROOT, UNETS, XL, digest, randn, seeded, weights
+from conftest import DATA, NARROW, ROOT, UNETS, XL, baseline, digest, official, randn, rms, seeded, weights
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,7 +43,7 @@ from maskunet import (
 from reward import load_reward
 from sampler import SAMPLERS, Condition, begin, generate, plan
 from stable_diffusion import StableDiffusion
-from unet import CONFIGS, OFF, Techniques, UNet, UNetConfig, linear, sinusoid
+from unet import CONFIGS, OFF, Techniques, UNet, linear, sinusoid
 
 GOLDEN = load_file(DATA / "maskunet.safetensors")
 
@@ -92,7 +92,7 @@ def trajectory(masks, *how, **more) -> list[torch.Tensor]:
 
 # -------------------------------------------------------------------------------------------------- official outputs
 
-def official(prefix: str) -> dict[str, torch.Tensor]:
+def released(prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): p for name, p in GOLDEN.items() if name.startswith(prefix)}
 
 
@@ -100,20 +100,20 @@ def official_parts() -> tuple[MaskGenerator, Lift, nn.Linear]:
     """The official generator, adapter and layer in our classes: 1x1 convolutions are matrices."""
     generator, layer = MaskGenerator(24, 16, 1280, "working", True, True), nn.Linear(12, 20).requires_grad_(False)
     lift = Lift(generator.core, layer, 5.0)
-    g, a = official("A.gen."), official("A.adapter.")
+    g, a = released("A.gen."), released("A.adapter.")
     names = {"time": "proj_temb", "fc1": "conv_kernel_mask.0", "fc2": "conv_kernel_mask.2", "rows": "conv_in",
              "columns": "conv_out"}
     for module, theirs in ((generator, g), (lift, a)):
         for name, p in module.named_parameters():
             part, kind = name.split(".")
             p.data.copy_(theirs[f"{names[part]}.{kind}"].view_as(p))
-    layer.load_state_dict(official("A.linear."))
+    layer.load_state_dict(released("A.linear."))
     return generator, lift, layer
 
 
 def test_generator_lift_mask_and_layer_equal_the_official_ones_and_so_do_all_gradients():
     generator, lift, layer = official_parts()
-    values = official("A.in.")
+    values = released("A.in.")
     core = generator(values["sample"], values["res_sample"], values["temb"])
     logits = lift(core)
     logits.retain_grad()
@@ -123,7 +123,7 @@ def test_generator_lift_mask_and_layer_equal_the_official_ones_and_so_do_all_gra
         assert (got - GOLDEN[f"A.out.{name}"]).abs().max() <= 2e-6
     assert torch.equal(mask.detach(), GOLDEN["A.out.mask"])
     (y * values["grad_y"]).sum().backward()
-    want = official("A.grad.")
+    want = released("A.grad.")
     pairs = [(logits.grad, want["logits"]), (lift.rows.weight.grad, want["adapter.conv_in.weight"]),
              (lift.rows.bias.grad, want["adapter.conv_in.bias"]),
              (lift.columns.weight.grad, want["adapter.conv_out.weight"]),
@@ -139,7 +139,7 @@ def test_generator_lift_mask_and_layer_equal_the_official_ones_and_so_do_all_gra
 
 def test_the_shared_mask_equals_the_official_one():
     layer = nn.Linear(12, 20)
-    layer.load_state_dict(official("C.linear."))
+    layer.load_state_dict(released("C.linear."))
     logits = GOLDEN["C.logits"].clone().requires_grad_()
     mask = Gumbel().mask(logits, GOLDEN["C.noise.exp"])
     y = masked(layer, GOLDEN["A.in.x"], mask)
@@ -602,18 +602,13 @@ def test_the_search_climbs_its_score_at_every_step_anew():
     assert all(p.grad is None for p in UNETS[NARROW].parameters())
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(((a - b).square().mean() / b.square().mean()).sqrt())
-
-
 def test_the_released_search_is_that_of_the_released_code(monkeypatch):
     """Its loss at each of 27 passes, its logits after each update and its latents after each step, in float64."""
     with safe_open(DATA / "masksearch.safetensors", "pt") as file:
         golden = {name: file.get_tensor(name).double() for name in file.keys()}
-        config, search = (json.loads(file.metadata()[name]) for name in ("unet", "search"))
-    unet = UNet(UNetConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})).double()
-    unet.requires_grad_(False).load_state_dict({name.removeprefix("unet."): p for name, p in golden.items()
-                                                if name.startswith("unet.")})
+        search = json.loads(file.metadata()["search"])
+    unet = official(UNet, "sd15.unet").double()
+    texts = [baseline(f"sd15.{kind}").double() for kind in ("context", "negative")]
 
     def score(x0: torch.Tensor, words: tuple[str, ...]) -> torch.Tensor:
         picture = (torch.einsum("ck,bkhw->bchw", golden["W"], x0) / 2 + 0.5).clamp(0, 1)
@@ -638,10 +633,9 @@ def test_the_released_search_is_that_of_the_released_code(monkeypatch):
         def start(self, run) -> SearchRun:
             return replace(super().start(run), history=history)
     assert list(calls.times) == search["timesteps"]
-    latents = [x[0] for _, x in generate(unet, golden["noise0"], Condition(golden["context"]),
-                                         Condition(golden["negative"]), calls, generators=seeded(0),
+    latents = [x[0] for _, x in generate(unet, golden["noise0"], *map(Condition, texts), calls, generators=seeded(0),
                                          masks=Watched(MaskSearch(schedule="released"), score))]
-    assert all(relative(x, want) <= 5e-7 for x, want in zip(latents, golden["latents"], strict=True))
+    assert all(rms(x, want) <= 5e-7 for x, want in zip(latents, golden["latents"], strict=True))
     assert [len(scores) for scores in history] == [1] * 7 + [10] * 2
     losses = -torch.tensor([score for scores in history for score, in scores])
     assert (losses - golden["loss"]).abs().max() <= 1e-6
@@ -649,7 +643,7 @@ def test_the_released_search_is_that_of_the_released_code(monkeypatch):
               if name.startswith("logits.")}
     for k, step in enumerate(search["step_of_update"]):                # here, a step's last update is of moments alone
         if step == 7 and k < 16 or step == 8 and k < 26:
-            assert max(relative(found[k][layer] - 1, p[k] - 1) for layer, p in wanted.items()) <= 1e-3
+            assert max(rms(found[k][layer] - 1, p[k] - 1) for layer, p in wanted.items()) <= 1e-3
     assert len(found) == 27 and len(wanted) == 2
 
 
