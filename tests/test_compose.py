@@ -40,7 +40,7 @@ MANY = [(config, tables, names) for config, tables in (*SD, *SDXL)
 
 
 def run(config: UNetConfig, tables: dict, names: tuple[str, ...], images: tuple[int, ...] = (0,),
-        sampler: str = "ddim", low_memory: bool = False) -> Tensor:
+        sampler: str = "ddim", steps: int = STEPS, low_memory: bool = False) -> Tensor:
     """Latents of these images with the techniques of these names."""
     def rows(*shape: int, seed: int) -> Tensor:
         return torch.cat([randn(1, *shape, seed=100 * seed + k) for k in images])
@@ -49,7 +49,7 @@ def run(config: UNetConfig, tables: dict, names: tuple[str, ...], images: tuple[
     init = rows(4, SIZE, SIZE, seed=4) if techniques.get("freescale") else None
     *_, (_, latents) = generate(
         MODELS[config], rows(4, SIZE, SIZE, seed=0), Condition(rows(5, 8, seed=1), added),
-        Condition(rows(5, 8, seed=2), added), plan(sampler, STEPS), 3.0, init, generators=seeded(*images),
+        Condition(rows(5, 8, seed=2), added), plan(sampler, steps), 3.0, init, generators=seeded(*images),
         low_memory=low_memory, **techniques)
     return latents
 
@@ -87,3 +87,9 @@ def test_all_at_once_runs_with_every_sampler(sampler, cache):
 def test_dilation_and_smaller_maps_run_with_every_cache_and_tgate(config, highres, cache, tgate):
     tables = LARGE | dict(cache=CACHE, tgate=TGATE)
     assert run(config, tables, ("FreeU", "Skip-Tuning", "masks", highres, cache, tgate)).isfinite().all()
+
+
+@pytest.mark.parametrize("config", [NARROW, XL], ids=["sd", "sdxl"])
+def test_self_attention_is_not_reused_over_a_change_of_the_maps_size(config):
+    tables = dict(tgate={"late": TGate(9, version=2, warm_up=0, interval=9)}, highres=HIGHRES)
+    assert run(config, tables, ("late", "HiDiffusion"), steps=10).isfinite().all()
