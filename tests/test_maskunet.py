@@ -386,6 +386,7 @@ def test_the_lift_is_two_convolutions_and_of_low_rank():
     assert torch.linalg.matrix_rank(lift(core.double())[0]) == 4 + 2
     network = MaskGenerator(256, 64, 32, "working", True, True)        # Kaiming's normal weights, as released
     assert abs(network.fc1.weight.std() / math.sqrt(2 / 256) - 1) < 0.05
+    assert not network.fc1.bias.any() and not network.fc2.bias.any()
 
 
 def gradient_steps(init: str) -> dict[str, int]:

@@ -70,11 +70,13 @@ def test_training_learns_masks_and_leaves_the_model_as_it_is(kind, lr, narrow):
 
 def test_the_loss_by_time_is_the_loss_of_those_times(narrow):
     sd = StableDiffusion.load(narrow)
-    (_, loss, by_time, density), = train_denoiser(sd, Training(DynamicMasks(sd.unet)), fixed_batches(64), steps=1)
-    times = [float(torch.randint(1000, (), generator=advance(g))) for g in seeded(*(mix(0, 0, k) for k in range(64)))]
-    counts = [sum(t // 200 == bucket for t in times) for bucket in range(5)]
-    assert min(counts) > 0 and density == 1
-    assert sum(n * x for n, x in zip(counts, by_time)) / 64 == pytest.approx(loss, rel=1e-6)
+    curve = train_denoiser(sd, Training(DynamicMasks(sd.unet)), fixed_batches(64), steps=2, log_every=1)
+    for step, (_, loss, by_time, density) in enumerate(curve):
+        generators = seeded(*(mix(0, step, k) for k in range(64)))
+        times = [float(torch.randint(1000, (), generator=advance(g))) for g in generators]
+        counts = [sum(t // 200 == bucket for t in times) for bucket in range(5)]
+        assert min(counts) > 0 and density == 1
+        assert sum(n * x for n, x in zip(counts, by_time)) / 64 == pytest.approx(loss, rel=1e-6)
 
 
 def advance(generator: torch.Generator) -> torch.Generator:
@@ -248,8 +250,10 @@ def test_bad_training_folders_end_in_one_clear_line(damage, words, narrow, data,
     (["--steps", 0], "1 or more"), (["--lr", -1], "above 0"), (["--caption-dropout", 2], "between 0 and 1"),
     (["--lr", 1e38], "at most 1"), (["--device", "abacus"], "abacus can't be used here"),
     (["--device", "meta"], "can't hold a picture"),
-    (["--initial", "nan"], "finite"), (["--out", "no/where/m.safetensors"], "no/where")])
-def test_bad_training_flags_end_in_one_clear_line(flags, words, narrow, data, tmp_path, command):
+    (["--batch", 3], "must be a multiple of the 2 processes"), (["--initial", "nan"], "finite"),
+    (["--out", "no/where/m.safetensors"], "no/where")])
+def test_bad_training_flags_end_in_one_clear_line(flags, words, narrow, data, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("train.world", lambda: 2)
     code, _, err = command(train.main, "masks", "--model", narrow, "--data", data, "--out", tmp_path / "m.safetensors",
                            "--batch", 2, "--device", "cpu", *flags)
     assert code == 2 and words in err.splitlines()[-1] and "Traceback" not in err and err.count("step 1 ") == 0
