@@ -110,6 +110,14 @@ def test_per_step_noise_belongs_to_the_image_not_to_the_batch():
     assert torch.equal(run(3, 4)[1], run(4)[0])
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_eta_is_the_share_of_ddpms_deviation_in_the_noise_of_every_step(eta):
+    p, zero = plan("ddim", 10, eta=eta), torch.zeros(1).double()
+    step = p.solver(p, lambda: torch.ones(1).double())
+    for i, (a, b) in enumerate(zip(p.now, p.after)):
+        assert step(i, zero, zero, zero).item() == pytest.approx(eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b)))
+
+
 def test_a_run_keeps_no_memory_of_the_one_before():
     p = plan("dpm++2m", 6)
     once, twice = (list(generate(lambda x, *_: torch.sin(3 * x), ONE, told(), None, p)) for _ in range(2))

@@ -178,6 +178,14 @@ def test_an_editor_sees_the_queries_keys_and_values_of_every_attention_in_their_
         assert k.shape == v.shape == (rows, heads, 5 if of_text else tokens, width)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("upcast", [True, False])
+def test_with_upcast_half_precision_attends_in_float32(dtype, upcast):
+    attention, x, editor = make(Attention, 8, 8, 2, upcast).to(dtype), randn(1, 3, 8).to(dtype), Editing()
+    out = attention(x, attention.keys_values(x), Techniques(attend=editor))
+    assert out.dtype == dtype and {part.dtype for part in editor.seen[0][1:]} == {torch.float32 if upcast else dtype}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("blur,fast", [("spatial", False), ("official", True)])
 def test_in_the_loop_an_editor_acts_with_freescale_too(name, blur, fast):
