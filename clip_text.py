@@ -25,7 +25,7 @@ class TextConfig:
     heads: int = 12
     hidden: int = 3072                # width inside the MLPs
     activation: str = "quick_gelu"    # "quick_gelu" (OpenAI) or "gelu" (OpenCLIP)
-    output: str = "final"             # "final": after the last layer and norm; "penultimate": before that layer (SDXL)
+    output: str = "final"             # "final": the last layer's, normed; "penultimate": the layer's before it (SDXL)
     projection: int | None = None     # P: width of the projected pooled vector; None: no pooled vector
     pad: int = 49407                  # id that pads after the end token: the end token's own (OpenAI) or 0 (OpenCLIP)
 

@@ -142,7 +142,7 @@ def damp_low_frequencies(skip: Tensor, s: float, threshold: int = 1) -> Tensor:
 
     This computes the real part of the released result without a Fourier transform, for any size and dtype:
     skip - (1 - s) low, where low sums the plane waves of the window: cosines along both axes minus sines along both.
-    Bin -1 is in the window and bin +1 is not: of the two diagonals one is damped, the other left alone.
+    Bin -1 is in the window and bin +1 is not, so of the two lowest diagonal waves only one is damped.
     ValueError where the window is larger than the map.
     """
     height, width = skip.shape[-2:]

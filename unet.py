@@ -58,7 +58,7 @@ class Techniques(NamedTuple):
     object with the methods that are called at its place: nothing is registered, no module is changed.
     """
     freescale: "Scale | None" = None        # dilated convolutions, windows in self-attention               freescale.py
-    highres: "Scale | None" = None          # the same places, and the size of the maps in between          highres.py
+    highres: "Scale | None" = None          # likewise, and the sizes of the maps that the units pass on     highres.py
     cache: "Cache | None" = None            # which units run, and the outputs reused for the others        cache.py
     freeu: "Meeting | None" = None          # factors on the backbone and the skip before they are joined   freeu.py
     skips: "Meeting | None" = None          # a factor per skip: Skip-Tuning, ScaleLong                     freeu.py
