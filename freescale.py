@@ -13,7 +13,7 @@ each axis has its own dilation, and the size of the blur is rounded up.
 """
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -115,9 +115,20 @@ class FreeScale:
         for name, idle, where in (("outside", self.detail_map is None, "without detail_map"),
                                   ("blur", self.attention != "fused", f"with attention={self.attention}"),
                                   ("fast", self.attention == "local", "with attention=local"),
-                                  ("dilate_from", self.dilate == 0, "with dilate=0")):
+                                  ("dilate", 0 < self.dilate <= self.restart, "up to restart, where stages begin"),
+                                  ("dilate_from", self.dilate <= self.restart, "if dilate isn't above restart")):
             if idle and getattr(self, name) != getattr(FreeScale, name):
                 raise ValueError(f"FreeScale's {name} does nothing {where}")
+
+    def check(self, config: UNetConfig, steps: int, guided: bool = True) -> None:
+        """ValueError for settings that don't fit this U-Net, or do nothing without a second stage."""
+        levels, single = len(config.channels), isinstance(self.resolutions, tuple) and len(self.resolutions) == 1
+        if self.dilate_from > levels:
+            raise ValueError(f"FreeScale's dilate_from is at most {levels} with this model, where only the middle is "
+                             f"dilated, not {self.dilate_from}")
+        for field in fields(self)[1:-1] if single else ():             # all but resolutions and native
+            if getattr(self, field.name) != field.default:
+                raise ValueError(f"FreeScale's {field.name} does nothing without a second resolution")
 
     def fit(self, native: int, height: int, width: int) -> "FreeScale":
         """These settings with the sizes of all stages and the latent side of the training pictures filled in.

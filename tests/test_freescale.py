@@ -167,6 +167,13 @@ def test_windows_stray_by_an_eighth_and_their_number_is_the_papers():
     assert len({tuple(m.flatten().tolist()) for m in many}) == 200
 
 
+def test_sub_grids_are_counted_along_each_side_and_the_blur_by_the_longer_one():
+    a, x, grid = make(Attention, 16, 16, 2, False), randn(1, 12 * 20, 16), (12, 20)
+    scale = replace(scale_at(grid, fast=True), numbers={a: 3})
+    starts = place_windows(grid, (8, 8), scale.seeds.flatten() + 3)
+    assert torch.equal(scale(a, x, grid), fuse(a, x, grid, (8, 8), starts, gaussian(5), parts=(2, 3)))
+
+
 @pytest.mark.parametrize("native", [4, 8, 16, 64])
 def test_a_maps_level_is_known_by_its_size_however_halves_are_rounded(native):
     for side in range(native, 20 * native, 3):
@@ -337,6 +344,11 @@ def test_enlarging_in_rgb_and_in_latent_space_keep_the_picture(tiny):
             ((64, 64), (64, 128)), upsample=how, detail=0.0, restart=0.5))
         assert large.shape == (1, 4, 16, 32)
         assert (tiny.decode(large) - small).abs().mean() < 0.1
+    tiles, coder = [], tiny.vae
+    noting = types.SimpleNamespace(config=coder.config, decode=lambda z, tile: tiles.append(tile) or coder.decode(z),
+                                   encode=lambda image, tile: tiles.append(tile) or coder.encode(image))
+    freescale.enlarge(x, (64, 128), "rgb", noting, randn(1, 4, 16, 32), 12)
+    assert tiles == [12, 12]
 
 
 def draw_map(path: Path, height: int = 128, width: int = 128, white: slice = slice(64, None), mode: str = "L") -> Path:
@@ -348,9 +360,10 @@ def draw_map(path: Path, height: int = 128, width: int = 128, white: slice = sli
 
 
 def test_a_map_of_detail_acts_where_it_says(tmp_path):
-    half = draw_map(tmp_path / "half.png")
+    half = draw_map(tmp_path / "half.png", white=slice(57, None))      # of 8 pixels, the first one counts
     for mode in ("L", "1"):
-        free = settings(detail=0.0, outside=math.inf, detail_map=draw_map(tmp_path / f"{mode}.png", mode=mode))
+        free = settings(detail=0.0, outside=math.inf, detail_map=draw_map(
+            tmp_path / f"{mode}.png", white=slice(57, None), mode=mode))
         some, x = stage(free), randn(1, 4, 16, 16, seed=5)
         out, alpha = some.mix(6, x), some.run.plan.now[6]
         assert torch.equal(out[..., :8], x[..., :8])
@@ -371,6 +384,7 @@ def test_a_map_of_detail_must_be_a_gray_picture_of_a_stages_size(tmp_path):
             FreeScale(2, detail_map=path).fit(8, 64, 64)
     full = FreeScale(2, detail_map=draw_map(tmp_path / "map.png")).fit(8, 64, 64)
     assert full.resolutions == ((64, 64), (128, 128)) and full.native == 8
+    assert FreeScale(2, native=5).fit(8, 64, 64).native == 5
     assert FreeScale([[64, 64], [64, 72]]).resolutions == ((64, 64), (64, 72))
 
 
@@ -467,12 +481,22 @@ def test_gradients_pass_through_scale_fusion():
     (dict(resolutions=3), "2, 4 or 8 times, not 3"), (dict(outside=0.1), "does nothing without detail_map"),
     (dict(blur="official", attention="local"), "blur does nothing with attention=local"),
     (dict(fast=True, attention="local"), "fast does nothing with attention=local"),
-    (dict(dilate=0.0, dilate_from=3), "dilate_from does nothing with dilate=0"),
+    (dict(dilate=0.0, dilate_from=3), "dilate_from does nothing if dilate isn't above restart"),
+    (dict(dilate=0.3), "dilate does nothing up to restart"),
     (dict(outside=-1.0), "outside is 0 or more"), (dict(native=0), "native is a side of latents")])
 def test_bad_settings_are_named(more, words):
     with pytest.raises(ValueError) as error:
         FreeScale(**{"resolutions": ((64, 64),), **more})
     assert words in str(error.value)
+
+
+def test_settings_without_an_effect_in_a_run_are_named():
+    for free, words in ((FreeScale(2, dilate_from=5), "dilate_from is at most 4 with this model"),
+                        (FreeScale(((64, 64),), fast=True), "fast does nothing without a second resolution")):
+        with pytest.raises(ValueError, match=words):
+            free.check(NARROW, 10)
+    FreeScale(2, dilate_from=4).check(NARROW, 10)
+    FreeScale(((64, 64),), native=8).check(NARROW, 10)
 
 
 def test_what_the_loop_needs_is_named(tiny):

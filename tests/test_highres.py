@@ -196,8 +196,9 @@ def test_tgate_composes_but_reuses_nothing_of_another_size():
         plain, *gated = (sample(ALL[name], calls=plan("ddim", 5), tgate=gate) for gate in (
             None, TGate(3), TGate(1, text="compute"), TGate(3, guidance="keep"), TGate(3, version=2, warm_up=0)))
         assert all(x.isfinite().all() and not torch.equal(x, plain) for x in gated)
-    with pytest.raises(ValueError, match="after T-GATE's step: give T-GATE a later step, or text=compute"):
-        sample(ALL["HiDiffusion"], calls=plan("ddim", 5), tgate=TGate(1))
+    for step in (1, 2):                                                # maps grow at step 2
+        with pytest.raises(ValueError, match="after T-GATE's step: give T-GATE a later step, or text=compute"):
+            sample(ALL["HiDiffusion"], calls=plan("ddim", 5), tgate=TGate(step))
 
 
 @pytest.mark.parametrize("more", [{"cache": DeepCache(2)}, {"cache": FasterDiffusion(2, parallel=True)},
@@ -241,6 +242,16 @@ def test_without_guidance_there_is_the_strong_pass_alone():
     assert torch.allclose(sample(ALL["ScaleCrafter"], 32, cfg_scale=1), want, atol=1e-5)
 
 
+def test_the_weak_pass_has_the_other_techniques_too(monkeypatch):
+    seen, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t, text, added=None, on=OFF: seen.append(on) or forward(
+        self, x, t, text, added, on))
+    sample(ALL["ScaleCrafter"], 32, freeu=FreeU(1.2, 1.4, 0.9, 0.2), masks=RandomMasks(0.2), cache=DeepCache(1))
+    strong, weak = seen
+    assert weak.highres != strong.highres and weak.freeu == strong.freeu is not None is not weak.masks
+    assert strong.cache is not None is weak.cache
+
+
 def test_until_and_native_are_obeyed_and_whole_steps_count():
     for sampler, steps, dilated in (("ddim", 20, 10), ("heun", 6, 6), ("euler", 7, 4)):
         run = started(ScaleCrafter(0.5, NATIVE), (16, 16), plan(sampler, steps))
@@ -265,6 +276,13 @@ def test_hidiffusion_shrinks_the_maps_when_and_where_it_should():
         assert [(a.skipping, a.pooling) for a in on] == [what for what, n in wanted.items() for _ in range(n)]
 
 
+def test_odd_maps_are_halved_rounding_up_and_get_back_the_size_of_the_skip():
+    shrunk = Shrunk(None, 4, 0, {}, torch.zeros(1))
+    half = shrunk.resize(4, randn(1, 2, 5, 8))
+    assert half.shape == (1, 2, 3, 4) and shrunk.resize(5, half) is half
+    assert shrunk.resize(9, half, randn(1, 2, 5, 8)).shape == (1, 2, 5, 8)
+
+
 def test_each_attention_and_each_step_have_windows_of_their_own(monkeypatch):
     seen = []
     monkeypatch.setattr(highres, "shifted_windows", lambda a, x, grid, quarters, on: seen.append(
@@ -282,6 +300,12 @@ def test_demofusion_calls_the_unet_as_often_as_published():
         next(generate(lambda x, *_, seen=seen: seen.append(x.shape) or x, x, *conditions(NARROW), START,
                       generators=seeded(0), highres=ALL["DemoFusion"]))
         assert len(seen) == windows + r * r and set(seen) == {(2, 4, 8, 8)}
+
+
+def test_demofusions_windows_cover_a_side_that_is_shorter_than_theirs():
+    *_, (_, out) = generate(lambda x, *_: 0.5 * x, randn(1, 4, 6, 16), *conditions(NARROW), START,
+                            generators=seeded(0), highres=ALL["DemoFusion"])
+    assert out.isfinite().all()
 
 
 def test_demofusions_stages_end_with_the_size_that_is_asked_for():

@@ -7,7 +7,7 @@ from torch import nn
 
 from folder import load_weights
 from memory import Meter
-from vae import VAE, Downsample, GroupNorm, VAEConfig, tile_weights
+from vae import VAE, Downsample, GroupNorm, VAEConfig, in_tiles, tile_side, tile_weights, together
 
 NARROW = VAEConfig(channels=(8, 16, 16), layers=1, groups=4)           # factor 4
 
@@ -179,6 +179,33 @@ def test_memory_of_tiled_coding_beside_the_result_does_not_grow_with_the_image()
         # beside a tile only the thumbnail, whose shape is the image's and whose long side is a tile's
         assert max(small[i], square[i], large[i]) < 1.15 * min(small[i], square[i], large[i])
         assert peaks(48, 96, None)[i] > 5 * large[i]
+
+
+def test_the_first_tile_is_a_thumbnail_with_the_images_proportions():
+    seen = []
+    in_tiles(lambda x, known: seen.append(tuple(x.shape)) or torch.zeros(1, 2, x.shape[2] // 4, x.shape[3] // 4),
+             noise(1, 3, 160, 96), 16, 4, 1, 2)
+    assert seen[0] == (1, 3, 64, 40) and set(seen[1:]) == {(1, 3, 64, 64)}
+
+
+def test_large_latents_get_tiles_and_small_ones_are_decoded_together():
+    z = torch.empty(5, 4, 128, 128)
+    assert [tile_side(tile, z) for tile in (None, 0, 16)] == [None, None, 16]
+    assert tile_side(None, torch.empty(1, 4, 128, 129)) == 64
+    assert [[len(part) for part in together(z[:, :, :side, :side])] for side in (128, 64, 45, 32)] == [
+        [1] * 5, [1] * 5, [2, 2, 1], [4, 1]]
+
+
+def test_gradients_through_tiles_are_those_of_one_pass_and_only_one_tiles_activations_are_kept():
+    vae, peaks = narrow(torch.float32), []
+    for height in (24, 48):
+        z = noise(1, 4, height, 16).float().requires_grad_()
+        with Meter() as meter:
+            meter.ignore(z, *vae.parameters())
+            vae.decode(z, 8).sum().backward()
+        peaks.append(meter.peak - 3 * 16 * 16 * 4 * height)            # beside the image
+        assert z.grad.isfinite().all() and z.grad.abs().min() > 0
+    assert peaks[1] < 1.6 * peaks[0]                                   # 2, if those of all tiles were kept
 
 
 def test_bad_sizes_are_named_and_say_what_to_do():
