@@ -91,6 +91,9 @@ def test_a_saved_reward_loads_again_as_the_same(tmp_path):
     reward.save(tmp_path / "clip")
     images, prompts = torch.rand(2, 3, 64, 64), ["a red circle", "two blue stars"]
     assert torch.equal(load_reward(tmp_path / "clip")(images, prompts), reward(images, prompts))
+    assert {p.dtype for p in load_file(tmp_path / "clip/image_encoder.safetensors").values()} == {torch.float16}
+    reward.text.requires_grad_()
+    assert not reward.embed_text(prompts).requires_grad                # gradients are for pictures alone
 
 
 def other_width(folder) -> None:
