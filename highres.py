@@ -6,8 +6,7 @@
 `Crafting`, which gives the U-Net a `Dilated` at every call, `Shrinking`, which gives it a `Shrunk`, and `Fusing`, which
 calls it on windows and parts of the latents. (The fourth baseline, direct inference, needs no code: it samples at a
 large size.)
-Shapes: B rows, H W tokens of a map (N = H * W), C channels, h w latent pixels. A factor r is the size in sides of the
-training pictures.
+Shapes: B rows, H W tokens of a map (N = H * W), C channels, h w latent pixels.
 Sources: ScaleCrafter, arXiv 2310.07702; HiDiffusion, arXiv 2311.17528; DemoFusion, arXiv 2311.16973. Checked against
 outputs of the official codes.
 """
@@ -40,9 +39,9 @@ class Baseline:
 
 
 class State:
-    """What the states share: they change nothing if no side is above native, and none does more than it overrides.
+    """What the states share. Each overrides what it changes; if no side is above native, none changes anything.
 
-    short, long: the factors r of the two sides. seeds: see `draw_seeds`. numbers: see `number_attentions`.
+    short, long: the two sides, divided by those of the training pictures. seeds: see `draw_seeds`. numbers: see `number_attentions`.
     """
     draws = False                                                      # are there windows?
 
@@ -333,7 +332,7 @@ class Fusing(State):
             # c falls from 1 to 0; the released powers of it for the blend and the blur are 1
             c = (1 + math.cos(math.pi * (1 - self.run.plan.times[i] / self.run.plan.train_steps))) / 2
             y = smooth(x, gaussian(2 * math.ceil(self.long) - 1, self.settings.sigma * (0.99 * c + 0.01)), dims=(2, 3))
-            y = matched(y, x)                                          # the blur took from the noise's strength
+            y = matched(y, x)                                          # because the blur weakens the noise
             return (1 - c) * self.windows(call, x, i, halves) + c * self.parts(call, y, i, halves)
         return call if self.long <= 1 else fused
 

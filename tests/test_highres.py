@@ -15,13 +15,14 @@ from torch import nn
 import highres
 from cache import DeepCache, FasterDiffusion, Inherit, TGate
 from folder import TINY
+from freescale import enlarge
 from freeu import FreeU
-from highres import DemoFusion, Dilated, HiDiffusion, ScaleCrafter, Shrunk, redilate
+from highres import DemoFusion, Dilated, HiDiffusion, ScaleCrafter, Shrunk, redilate, shifted_windows
 from maskunet import RandomMasks
 from sampler import SAMPLERS, Condition, Plan, Run, begin, ddim, generate, plan, x0_and_eps
 from stable_diffusion import StableDiffusion
 from txt2img import parse_arguments
-from unet import OFF, Techniques, UNet
+from unet import OFF, Attention, Techniques, UNet
 
 NATIVE = 8
 ALL = {"ScaleCrafter": ScaleCrafter(native=NATIVE), "HiDiffusion": HiDiffusion(NATIVE),
@@ -94,6 +95,8 @@ def test_demofusion_equals_the_official_code(crops, monkeypatch):
     assert rms(out, baseline(f"{of}.out" if crops else f"{of}.out_no_crops")) < 2e-5
     if crops:
         first, want = baseline(f"{of}.first"), baseline(f"{of}.out_matched")
+        enlarged = enlarge(first, (192, 256), "latent", SimpleNamespace(config=SimpleNamespace(factor=8)), None)
+        assert rms(enlarged, baseline(f"{of}.init")) < 1e-6
         assert rms(settings.finish(out, first), want) < 2e-5
         assert torch.equal(replace(settings, match=False).finish(out, first), out)
 
@@ -250,6 +253,8 @@ def test_the_weak_pass_has_the_other_techniques_too(monkeypatch):
     strong, weak = seen
     assert weak.highres != strong.highres and weak.freeu == strong.freeu is not None is not weak.masks
     assert strong.cache is not None is weak.cache
+    sample(ALL["ScaleCrafter"], 16)                                    # without noise-damped guidance
+    assert len(seen) == 3
 
 
 def test_until_and_native_are_obeyed_and_whole_steps_count():
@@ -276,7 +281,11 @@ def test_hidiffusion_shrinks_the_maps_when_and_where_it_should():
         assert [(a.skipping, a.pooling) for a in on] == [what for what, n in wanted.items() for _ in range(n)]
 
 
-def test_odd_maps_are_halved_rounding_up_and_get_back_the_size_of_the_skip():
+def test_odd_maps_are_halved_rounding_up_and_get_back_the_size_of_the_skip(monkeypatch):
+    sizes, resample, a = [], highres.resample, make(Attention, 16, 16, 2, False)
+    monkeypatch.setattr(highres, "resample", lambda x, grid, size: sizes.append(tuple(size)) or resample(x, grid, size))
+    out = shifted_windows(a, randn(1, 35, 16), (5, 7), torch.ones(1, dtype=torch.long))
+    assert out.shape == (1, 35, 16) and sizes == [(6, 8), (5, 7)]
     shrunk = Shrunk(None, 4, 0, {}, torch.zeros(1))
     half = shrunk.resize(4, randn(1, 2, 5, 8))
     assert half.shape == (1, 2, 3, 4) and shrunk.resize(5, half) is half

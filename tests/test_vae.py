@@ -50,6 +50,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_published_autoencoder_has_this_many_parameters():
     with torch.device("meta"):
         assert sum(p.numel() for p in VAE().parameters()) == 83_653_863
+    assert {norm.eps for norm in narrow().modules() if isinstance(norm, nn.GroupNorm)} == {1e-6}
 
 
 def test_gradient_reaches_every_parameter():
@@ -103,6 +104,10 @@ def test_tile_weights_are_1_in_sum_and_positive_and_neighbours_overlap_by_a_quar
             assert all(a[1] - b[0] >= tile // 4 for a, b in zip(tiles, tiles[1:]))
             if size <= tile:
                 assert len(tiles) == 1
+    (*_, first), (*_, second) = tile_weights(24, 16, 1)                # they share pixels 8 to 15
+    fall = torch.tensor([8.0, 8, 8, 8, 7, 5, 3, 1], dtype=torch.float64)
+    rise = fall.flip(0)
+    assert torch.allclose(first[8:], fall / (fall + rise)) and torch.allclose(second[:8], rise / (fall + rise))
 
 
 @pytest.mark.parametrize("tile", [12, 13, 64])
