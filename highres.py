@@ -41,7 +41,8 @@ class Baseline:
 class State:
     """What the states share. Each overrides what it changes; if no side is above native, none changes anything.
 
-    short, long: the two sides, divided by those of the training pictures. seeds: see `draw_seeds`. numbers: see `number_attentions`.
+    short, long: the two sides, divided by that of the training pictures. seeds, numbers: see `draw_seeds` and
+    `number_attentions`.
     """
     draws = False                                                      # are there windows?
 
