@@ -36,7 +36,7 @@ TABLES = dict(freeu=FREEU, skips=SKIPS, cache=CACHE, tgate=TGATE, masks=MASKS, f
 LARGE = dict(freeu=FREEU, skips=SKIPS, masks=MASKS, highres=HIGHRES)
 SD, SDXL = ((SMALL, TABLES), (NARROW, LARGE)), ((SMALL_XL, TABLES), (XL, LARGE))
 MANY = [(config, tables, names) for config, tables in (*SD, *SDXL)
-        for names in list(product(*tables.values()))[3::11 if tables is TABLES else 7]]
+        for names in list(product(*tables.values()))[3::23 if tables is TABLES else 10]]
 
 
 def run(config: UNetConfig, tables: dict, names: tuple[str, ...], images: tuple[int, ...] = (0,),
