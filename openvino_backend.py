@@ -7,7 +7,6 @@ code does not change. Optional: requirements-openvino.txt. Checked against OpenV
 `torch.compile(backend="openvino")`, ends with an IndexError in PyTorch 2.13.
 """
 import hashlib
-import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from command import InputError, replacing
+from command import InputError, make_folder, replacing
 
 try:
     import openvino
@@ -34,10 +33,13 @@ def backend(precision: str = "f32", cache: Path | None = None) -> Callable[[fx.G
     precision: of the arithmetic, "f32", "bf16" or "f16". Inputs and outputs keep their dtypes.
     cache: a folder for compiled graphs, so that the next process reads them. One file per graph, about as large as the
         weights; its name is a digest of the graph, the weights, the processor and the versions.
-    A graph that OpenVINO can't run is run by PyTorch, with a warning. InputError if OpenVINO isn't installed.
+    A graph that OpenVINO can't run is run by PyTorch, with a warning. InputError if OpenVINO isn't installed, or if the
+    folder can't be made.
     """
     if openvino is None:
         raise InputError("--compile openvino needs OpenVINO: pip install -r requirements-openvino.txt")
+    if cache is not None:
+        make_folder(cache)
     hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
     def compile_graph(graph: fx.GraphModule, inputs: list[Tensor]) -> Compiled:
@@ -114,15 +116,18 @@ def find_or_make(graph: fx.GraphModule, inputs: list[Tensor], hints: dict[str, A
     """The graph as a compiled model of OpenVINO, from the cache if it is there."""
     core, file = openvino.Core(), None
     if cache is not None:
-        file = cache / f"{digest(graph, inputs, hints)}.blob"
+        processor = core.get_property("CPU", "FULL_DEVICE_NAME"), core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        file = cache / f"{digest(graph, inputs, hints, processor)}.blob"
         if file.exists():
-            return core.import_model(file.read_bytes(), "CPU", hints)
+            try:
+                return core.import_model(file.read_bytes(), "CPU", hints)
+            except RuntimeError as error:
+                warnings.warn(f"{file} can't be read and is made again: {str(error).splitlines()[0]}", stacklevel=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                # the exporter's, about itself
         model = openvino.convert_model(plainer(torch.export.export(graph, tuple(inputs))))
     compiled = core.compile_model(model, "CPU", hints)
     if file is not None:
-        cache.mkdir(parents=True, exist_ok=True)
         with replacing(file) as part:
             part.write_bytes(compiled.export_model().getvalue())
     return compiled
@@ -137,11 +142,10 @@ def plainer(exported: torch.export.ExportedProgram) -> torch.export.ExportedProg
         aten.__rshift__.Scalar: lambda x, bits: x // 2 ** bits})
 
 
-def digest(graph: fx.GraphModule, inputs: list[Tensor], hints: dict[str, Any]) -> str:
+def digest(graph: fx.GraphModule, inputs: list[Tensor], *more: Any) -> str:
     """What a compiled graph depends on, as a file name."""
     known = hashlib.sha256()
-    for part in (graph.code, hints, platform.processor(), openvino.__version__, torch.__version__,
-                 [(x.shape, x.dtype) for x in inputs]):
+    for part in (graph.code, [(x.shape, x.dtype) for x in inputs], openvino.__version__, torch.__version__, *more):
         known.update(repr(part).encode())
     for name, weight in graph.named_parameters():
         known.update(name.encode())

@@ -63,7 +63,15 @@ class StableDiffusion:
         compile_cache: a folder in which OpenVINO keeps compiled graphs for the next process.
         verify: compare all files with the digests in config.json (always done for a tiny model, where it is quick).
         """
-        folder = Path(folder)
+        folder, on_cpu = Path(folder), torch.device(device).type == "cpu"
+        # On a CPU the layouts stay as they are: neither the compiler's own nor frozen weights were faster
+        compiler = {"options": {"layout_optimization": False} if on_cpu else None}
+        if compiled == "openvino":
+            if not on_cpu:
+                raise InputError("--compile openvino is for the CPU; a GPU takes --compile torch")
+            from openvino_backend import backend  # here: importing OpenVINO takes a while
+            precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+            compiler = {"backend": backend(precision, compile_cache)}
         config = read_config(folder)
         tokenizer = load_tokenizer(folder / "tokenizer.json", config.text_encoder.vocab)
         unet, vae = build(UNet, config.unet), build(VAE, config.vae)
@@ -77,17 +85,9 @@ class StableDiffusion:
             load_weights(text, folder / f"{name}.safetensors", home, dtype)
         if verify or config.family == "tiny" and config.digests:
             check_digests(folder)
-        if compiled == "openvino":
-            if torch.device(device).type != "cpu":
-                raise InputError("--compile openvino is for the CPU; a GPU takes --compile torch")
-            from openvino_backend import backend  # here: importing OpenVINO takes a while
-            precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
-            unet.compile(dynamic=False, backend=backend(precision, compile_cache), recompile_limit=64)
-        elif compiled:
-            # on a CPU the layouts stay as they are: neither the compiler's own nor frozen weights were faster
-            kept = {"layout_optimization": False} if torch.device(device).type == "cpu" else None
+        if compiled:
             # Beyond this many graphs PyTorch falls back to eager mode; its default, 8, is too low for a few caches
-            unet.compile(dynamic=False, options=kept, recompile_limit=64)
+            unet.compile(dynamic=False, recompile_limit=64, **compiler)
         return StableDiffusion(config, tokenizer, texts, unet, vae, low_memory, folder)
 
     @contextlib.contextmanager

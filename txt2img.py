@@ -125,9 +125,9 @@ def make_parser() -> ArgumentParser:
     add("--batch-size", type=int, metavar="N", default=1, help="pictures at a time")
     add("--low-memory", action="store_true", help="less memory on the device, slower")
     add("--vae-tile", type=int, metavar="SIDE", help="of the VAE's tiles, in latent pixels; 0: none (default: by size)")
-    add("--compile", nargs="?", const="torch", choices=("torch", "openvino"), help="compile the U-Net, alone: with "
-        "PyTorch's own compiler; minutes at first")
-    add("--compile-cache", type=Path, metavar="FOLDER", help="where openvino keeps what it compiled, for later runs")
+    add("--compile", nargs="?", const="torch", choices=("torch", "openvino"), help="compile the U-Net with PyTorch's "
+        "own compiler (torch, the default) or OpenVINO: minutes at first")
+    add("--compile-cache", type=Path, metavar="FOLDER", help="where OpenVINO keeps compiled graphs for later runs")
     add("--verify", action="store_true", help="compare the model's files with their digests")
     add = parser.add_argument_group("techniques, with their settings: values in order, then name=value").add_argument
     for name, (_, kinds, said) in TECHNIQUES.items():

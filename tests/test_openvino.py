@@ -72,6 +72,17 @@ def test_a_compiled_graph_is_found_again_unless_a_weight_or_the_graph_differs(tm
     assert compiled and not torch.equal(other, first)
     with pytest.warns(UserWarning, match="OpenVINO can't run a graph"):
         sample(backend(cache=tmp_path), shift=1.0)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=f"{file.name} can't be read and is made again"):
+        sample(backend(cache=tmp_path))
+
+
+@needs_openvino
+def test_a_folder_that_cannot_be_made_is_named_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        backend(cache=tmp_path / "file" / "kept")
 
 
 @needs_openvino
