@@ -201,7 +201,7 @@ def test_a_command_uses_its_freed_memory_again():
                                       cwd=speed.ROOT, env=env).stdout) for call in ("run_command(main)", "main()"))
     if plain < 1000:
         pytest.skip("this system counts no new pages, or gives large ones to everybody")
-    assert ours < 100
+    assert ours < plain / 8                                            # fragmented memory: a few tensors get small pages
 
 
 def test_wide_layers_are_the_same_as_convolutions():
