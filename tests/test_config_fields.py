@@ -110,9 +110,11 @@ def test_the_list_of_fields_is_that_of_the_peers_classes():
     classes = {kind.__name__: fields(kind) for kind in found
                if inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)}
     assert {name: {*PEERS[name].split()} for name in theirs} == theirs
-    assert {name: {*own.split()} for name, own in PEERS["schedulers"].items()} == {
+    absent = {name for name in [*PEERS["schedulers"], *PEERS["refused"].split()]  # these need SciPy or torchsde
+              if type(getattr(diffusers, name, None)).__name__ == "DummyObject"}
+    assert {name: {*own.split()} for name, own in PEERS["schedulers"].items() if name not in absent} == {
         name: own for name, own in classes.items() if name in SCHEDULERS}
-    assert {*PEERS["refused"].split()} == classes.keys() - SCHEDULERS.keys() - {"SchedulerMixin"}
+    assert {*PEERS["refused"].split()} - absent == classes.keys() - SCHEDULERS.keys() - {"SchedulerMixin"}
 
 
 @pytest.fixture(scope="module")
